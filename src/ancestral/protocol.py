@@ -1,0 +1,67 @@
+"""What a family of generative models is, as types: a capability that is absent is a method that is absent."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Density:
+    """A log-density or log-probability, and what kind of number it is.
+
+    Attributes:
+        nats: log p(x) per example, shape (B,), in nats.
+        kind: "exact", a "lower bound" (in expectation over its own noise), or an unbiased "estimate".
+        stderr: standard error of each value over Monte-Carlo noise, shape (B,), nats; None when there is no noise
+            or when one draw was made.
+    """
+
+    nats: Tensor
+    kind: Literal["exact", "lower bound", "estimate"]
+    stderr: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Player:
+    """One thing to optimise: a GAN has two, every other family has one.
+
+    Attributes:
+        module: the parameters that this player owns.
+        loss: (batch, condition, rng) -> scalar to minimise.
+        every: take a step once in so many steps of training.
+    """
+
+    module: nn.Module
+    loss: Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
+    every: int = 1
+
+
+Seeds = int | Sequence[int]
+
+
+@runtime_checkable
+class Generative(Protocol):
+    """A family that can be trained and sampled."""
+
+    def players(self) -> Mapping[str, Player]: ...
+
+    def sample(self, n: int, *, condition: Tensor | None = None, rng: Seeds = 0) -> Tensor: ...
+
+
+@runtime_checkable
+class HasDensity(Protocol):
+    """A family that can say how likely an example is."""
+
+    def log_prob(self, x: Tensor, *, condition: Tensor | None = None, rng: Seeds = 0) -> Density: ...
+
+
+@runtime_checkable
+class HasLatent(Protocol):
+    """A family with a latent code for every example."""
+
+    def encode(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor: ...
+
+    def decode(self, z: Tensor, *, condition: Tensor | None = None) -> Tensor: ...
