@@ -30,12 +30,12 @@ class Player:
 
     Attributes:
         module: the parameters that this player owns.
-        loss: (batch, condition, rng) -> scalar to minimise.
+        loss: (batch, rng) -> scalar to minimise.
         every: take a step once in so many steps of training.
     """
 
     module: nn.Module
-    loss: Callable[[Tensor, Tensor | None, torch.Generator], Tensor]
+    loss: Callable[[Tensor, torch.Generator], Tensor]
     every: int = 1
 
 
@@ -48,20 +48,20 @@ class Generative(Protocol):
 
     def players(self) -> Mapping[str, Player]: ...
 
-    def sample(self, n: int, *, condition: Tensor | None = None, rng: Seeds = 0) -> Tensor: ...
+    def sample(self, n: int, *, rng: Seeds = 0) -> Tensor: ...
 
 
 @runtime_checkable
 class HasDensity(Protocol):
     """A family that can say how likely an example is."""
 
-    def log_prob(self, x: Tensor, *, condition: Tensor | None = None, rng: Seeds = 0) -> Density: ...
+    def log_prob(self, x: Tensor, *, rng: Seeds = 0) -> Density: ...
 
 
 @runtime_checkable
 class HasLatent(Protocol):
     """A family with a latent code for every example."""
 
-    def encode(self, x: Tensor, *, condition: Tensor | None = None) -> Tensor: ...
+    def encode(self, x: Tensor) -> Tensor: ...
 
-    def decode(self, z: Tensor, *, condition: Tensor | None = None) -> Tensor: ...
+    def decode(self, z: Tensor) -> Tensor: ...

@@ -1,0 +1,58 @@
+# One command for people and for CI. Everything runs in .venv, which is made on first use and remade when
+# pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+# The pins hold for what is installed and for the isolated environment in which pip builds: there, pip before 25.3
+# reads the first variable, and later ones the second.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format build clean
+
+help:  ## say what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+install: $(INSTALLED)  ## make .venv with the tested versions (PYTHON=python3.12 chooses the interpreter)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "make: '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo 'not there'), and Python 3.11 or newer is needed: name one, as in 'make install PYTHON=python3.12'" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED)  ## train on digits, sample, evaluate and draw the figures, in a fresh directory under runs/
+	$(BIN)/ancestral train digits --to $(RUN)
+	$(BIN)/ancestral sample $(RUN)
+	$(BIN)/ancestral evaluate $(RUN)
+	$(BIN)/ancestral figures $(RUN)
+	@echo "The demo is in $(RUN):"
+	@find $(RUN) -maxdepth 2 | sort
+
+# Two workers of one thread each: on two cores, more threads would only wait for each other.
+test: $(INSTALLED)  ## run every test and every example in a docstring
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+
+check: $(INSTALLED)  ## lint, formatting, types, and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(INSTALLED)  ## rewrite the code as `make check` wants it
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+build: $(INSTALLED)  ## build the wheel into dist/
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:  ## remove dist/ and caches; runs/ and .venv/ stay
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,375 @@
+"""Folders and zip archives of images, read without trusting a byte of them."""
+
+import math
+import os
+import stat
+import threading
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from ancestral.data.dataset import Examples, OnBad, Progress, printable
+from ancestral.errors import DataError
+
+T = TypeVar("T")
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
+)
+SIDES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+MAX_PIXELS = 2**26  # of one image, before it is decoded: 8192 x 8192
+MAX_FILE = 2**28  # bytes of one encoded image
+MAX_MEMBERS = 2_000_000  # of one archive
+MAX_DECLARED = 2**36  # bytes that the members of one archive unpack to
+MAX_MEMORY = 2**33  # bytes that the decoded set takes
+CHUNK = 8  # files that a thread takes at a time
+NAMED = 3  # unreadable files that a description names
+GAP = 3  # reduce in whole steps to no less than this many times the target, then Lanczos
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image file: its name below the root, with "/", how to open it, and its side of the source's own split."""
+
+    name: str
+    open: Callable[[], BinaryIO]
+    held_out: bool | None = None
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Something that cannot be read, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.name)}: {self.reason}"
+
+
+def read_folder(root: Path, *, size: int | None, on_bad: OnBad, progress: Progress | None) -> Examples:
+    """All images below a folder; hidden files, `__MACOSX` and what has no image suffix are passed over.
+
+    Raises:
+        DataError: if nothing can be read, or if something cannot and `on_bad` is "fail".
+    """
+    found = list(_walk(root, "", set()))
+    items = [one for one in found if isinstance(one, Item)]
+    bad = [one for one in found if isinstance(one, Bad)]
+    return _read(printable(str(root)), items, bad, size=size, on_bad=on_bad, progress=progress)
+
+
+def read_zip(path: Path, *, size: int | None, on_bad: OnBad, progress: Progress | None) -> Examples:
+    """All images in a zip archive, under the rules of `read_folder`; nothing is unpacked to disk.
+
+    Raises:
+        DataError: if the archive is damaged, holds a member that points outside it, or is out of bounds; and as
+            `read_folder` does.
+    """
+    where = printable(str(path))
+    try:
+        archive = zipfile.ZipFile(path)
+    except Exception as error:  # a damaged directory surfaces as nearly anything
+        raise DataError(f"{where}: damaged, or no zip archive ({_reason(error)}): pack it again") from None
+    with archive:
+        members = archive.infolist()
+        if len(members) > MAX_MEMBERS:
+            raise DataError(f"{where}: holds {len(members):,} members, at most {MAX_MEMBERS:,} are read")
+        declared = sum(member.file_size for member in members)
+        if declared > MAX_DECLARED:
+            raise DataError(f"{where}: unpacks to {declared:,} bytes, at most {MAX_DECLARED:,} are read")
+        lock = threading.Lock()  # members share one file position
+
+        def opened(member: zipfile.ZipInfo) -> BinaryIO:
+            if member.file_size > MAX_FILE:
+                raise ValueError(f"{member.file_size:,} bytes, at most {MAX_FILE:,} are read")
+            with lock:
+                return BytesIO(archive.read(member))
+
+        items = []
+        for member in members:
+            parts = _safe_parts(where, member)
+            if not member.is_dir() and not any(map(_passed_over, parts)) and _has_image_suffix(member.filename):
+                items.append(Item("/".join(parts), partial(opened, member)))
+        return _read(where, items, [], size=size, on_bad=on_bad, progress=progress)
+
+
+def _walk(folder: Path, prefix: str, seen: set[Path]) -> Iterator[Item | Bad]:
+    real = folder.resolve()
+    if real in seen:  # a link to a folder above
+        return
+    seen.add(real)
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        yield Bad(prefix or str(folder), _reason(error))
+        return
+    for entry in entries:
+        if _passed_over(entry.name):
+            continue
+        name = prefix + entry.name
+        if entry.is_dir():
+            yield from _walk(entry, f"{name}/", seen)
+        elif entry.is_file() and _has_image_suffix(entry.name):  # regular: opening a FIFO would wait for ever
+            yield Item(name, partial(_binary, entry))
+
+
+def _binary(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _safe_parts(where: str, member: zipfile.ZipInfo) -> list[str]:
+    name = member.filename.replace("\\", "/")
+    parts = name.split("/")
+    if name.startswith("/") or parts[0].endswith(":") or ".." in parts or stat.S_ISLNK(member.external_attr >> 16):
+        raise DataError(
+            f"{where}: member {printable(member.filename)!r} points outside the archive, which is refused: "
+            "pack it again with plain relative names and no links"
+        )
+    return [part for part in parts if part not in ("", ".")]
+
+
+def _passed_over(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _has_image_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 (a member of an archive is not a path)
+
+
+def _read(
+    where: str, items: list[Item], bad: list[Bad], *, size: int | None, on_bad: OnBad, progress: Progress | None
+) -> Examples:
+    if not items and not bad:
+        raise DataError(f"{where}: holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
+    items, notes = _own_split(sorted(items, key=lambda item: item.name.split("/")))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata; the pixels are judged by themselves
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if size is None:
+            items, sizes = _over(items, _measure, "measuring", bad, on_bad, progress)
+            width, height = _common(sizes)
+            if len(set(sizes)) > 1:
+                notes.append(f"sizes differ: centre-cropped and resized to {width}x{height}")
+        else:
+            width = height = size
+        if 3 * width * height * len(items) > MAX_MEMORY:
+            raise DataError(
+                f"{where}: {len(items):,} images of {width}x{height} take more than {MAX_MEMORY:,} bytes: "
+                "ask for a smaller size"
+            )
+        items, pixels = _over(items, partial(_decode, width=width, height=height), "decoding", bad, on_bad, progress)
+
+    if bad and on_bad == "fail":
+        raise DataError(
+            f"{where}: cannot read {bad[0]}: repair or remove it, or let unreadable files be skipped (on_bad='skip')"
+        )
+    if not items:
+        raise DataError(f"{where}: none of its {len(bad):,} image files can be read ({bad[0]})")
+    if bad:
+        more = "; ..." if len(bad) > NAMED else ""
+        notes.append(f"skipped {len(bad):,} unreadable ({'; '.join(map(str, bad[:NAMED]))}{more})")
+    classes, labels = _classes(items)
+    return Examples(
+        x=_stack(pixels),
+        levels=256,
+        labels=labels,
+        classes=classes,
+        held_out=None if items[0].held_out is None else np.array([item.held_out for item in items]),
+        skipped=len(bad),
+        notes=tuple(notes),
+    )
+
+
+def _own_split(items: list[Item]) -> tuple[list[Item], list[str]]:
+    """Each item on its side, if the folders say so; what is on neither side is left out.
+
+    Held out is what lies in a folder named test, or, where there is none, val (valid, validation). To learn from is
+    what lies in a folder named train, or, where there is none, everything else. The outermost such folder counts.
+    """
+    sides = [next((SIDES[part.lower()] for part in _folders(item) if part.lower() in SIDES), "") for item in items]
+    held = "test" if "test" in sides else "val"
+    train = "train" if "train" in sides else ""
+    if held not in sides or train not in sides:
+        return items, []
+    kept = [
+        replace(item, held_out=side == held) for item, side in zip(items, sides, strict=True) if side in (held, train)
+    ]
+    left_out = len(items) - len(kept)
+    return kept, [f"left out {left_out:,} images outside its {train or 'other'} and {held} folders"] if left_out else []
+
+
+def _classes(items: list[Item]) -> tuple[tuple[str, ...] | None, NDArray[np.int64] | None]:
+    """The folders that hold images as classes, if every image is in one, none holds another, and there are two."""
+    split = items[0].held_out is not None
+    folders = [tuple(part for part in _folders(item) if not (split and part.lower() in SIDES)) for item in items]
+    if not all(folders) or not {parts[:-1] for parts in folders}.isdisjoint(folders):
+        return None, None
+    names = [parts[-1] for parts in folders]
+    classes = sorted(set(names))
+    if len(classes) < 2:
+        return None, None
+    index = {name: label for label, name in enumerate(classes)}
+    return tuple(map(printable, classes)), np.array([index[name] for name in names])
+
+
+def _folders(item: Item) -> list[str]:
+    return item.name.split("/")[:-1]
+
+
+def _over(
+    items: list[Item],
+    work: Callable[[Item], T],
+    stage: str,
+    bad: list[Bad],
+    on_bad: OnBad,
+    progress: Progress | None,
+) -> tuple[list[Item], list[T]]:
+    """The items on which `work` succeeds, with its results; the others join `bad`, which "fail" ends at once."""
+    kept, results = [], []
+    told = -math.inf
+    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders release the interpreter's lock
+    try:
+        for number, tried in enumerate(pool.map(partial(_attempt, work), chunks), 1):
+            for item, result in tried:
+                if isinstance(result, Bad):
+                    bad.append(result)
+                else:
+                    kept.append(item)
+                    results.append(result)
+            if bad and on_bad == "fail":
+                break
+            if progress and (number == len(chunks) or time.monotonic() - told >= 0.5):
+                progress(stage, min(number * CHUNK, len(items)), len(items))
+                told = time.monotonic()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return kept, results
+
+
+def _attempt(work: Callable[[Item], T], items: list[Item]) -> list[tuple[Item, T | Bad]]:
+    tried: list[tuple[Item, T | Bad]] = []
+    for item in items:
+        try:
+            tried.append((item, work(item)))
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged or hostile file can raise nearly anything
+            tried.append((item, Bad(item.name, _reason(error))))
+    return tried
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return printable(words.partition("\n")[0][:120]) or type(error).__name__
+
+
+@contextmanager
+def _opened(item: Item) -> Iterator[Image.Image]:
+    with item.open() as file, Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read")
+        yield image
+
+
+def _measure(item: Item) -> tuple[int, int]:
+    """Width and height of the upright image, from the header alone."""
+    with _opened(item) as image:
+        return (image.height, image.width) if _orientation(image) >= 5 else (image.width, image.height)
+
+
+def _common(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The width and height to bring all images to."""
+    if len(set(sizes)) == 1:
+        return sizes[0]
+    side = 64 if sizes and median(map(min, sizes)) >= 64 else 32
+    return side, side
+
+
+def _decode(item: Item, *, width: int, height: int) -> NDArray[np.uint8]:
+    """The first frame, upright and opaque, cropped and resized: (H, W) where it is grey, (H, W, 3) otherwise."""
+    with _opened(item) as image:
+        shrink = min(image.width / width, image.height / height)
+        # Lets a JPEG leave out detail that the resize would throw away.
+        image.draft(None, (round(GAP * image.width / shrink), round(GAP * image.height / shrink)))
+        image.load()
+        turn = UPRIGHT.get(_orientation(image))
+        flat = _eight_bit(image if turn is None else image.transpose(turn))
+    if flat.size != (width, height):
+        flat = _fit(flat, width, height)
+    pixels = np.asarray(flat)
+    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
+        return pixels[..., 0]
+    return pixels
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, that is still to be undone."""
+    if image.format == "TIFF" or "exif" not in image.info:  # Pillow turns a TIFF itself
+        return 1
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return 1
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """The image as 8-bit grey or RGB: 16-bit grey divided by 257 and rounded, transparency over white."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels: give such images as an .npy array")
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("32-bit pixels: give such images as an .npy array")
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, "white")
+        opaque.alpha_composite(image.convert("RGBA"))
+        return opaque.convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest centred part of the target's proportions, resized to it."""
+    shrink = min(image.width / width, image.height / height)
+    across, down = round(width * shrink), round(height * shrink)
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    part = image.crop((left, top, left + across, top + down))
+    return part.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=GAP)
+
+
+def _stack(pixels: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """One array (N, C, H, W): C = 1 where every image is grey, 3 otherwise."""
+    channels = 3 if any(image.ndim == 3 for image in pixels) else 1
+    x = np.empty((len(pixels), channels, *pixels[0].shape[:2]), dtype=np.uint8)
+    for row, image in zip(x, pixels, strict=True):
+        row[:] = image.transpose(2, 0, 1) if image.ndim == 3 else image
+    return x

@@ -1,0 +1,129 @@
+"""`load`: from a name or a path to data."""
+
+import stat
+from importlib.resources import files
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import torch
+
+from ancestral import toys
+from ancestral.data import arrays
+from ancestral.data.dataset import Data, Examples, OnBad, Progress, divide, printable
+from ancestral.errors import DataError, OptionError, unknown
+from ancestral.rng import stream
+
+TOY_TRAIN, TOY_HELD_OUT = 20_000, 5_000
+MAX_SIZE = 4096
+
+
+def load(
+    source: str | Path,
+    *,
+    size: int | None = None,
+    on_bad: OnBad = "skip",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Data:
+    """The data that `source` names, divided into what is learnt from and what is held out.
+
+    A source is "digits", the name of a toy (`ancestral.toys.TOYS`), or a path: a folder or a .zip of images, an .npy
+    or .npz array, an IDX file, or a folder of IDX files under MNIST's names. A path is only ever read. A split of the
+    source's own (folders or arrays called train and test, or val where there is no test) is kept; otherwise about 20%
+    of up to 10,000 examples, or 10% of more, are held out by a hash of their content. Names win over paths: write
+    "./digits" for a folder called digits.
+
+    Args:
+        source: what to load.
+        size: side in pixels to crop and resize images to. Without it images of one size stay as they are, and mixed
+            sizes become the larger of 32 and 64 that is at most the median shorter side (32 if neither is).
+        on_bad: "skip" files that cannot be read, and say so; or "fail" on the first.
+        seed: of a toy's draws; nothing else is random.
+        progress: called about twice a second with a stage, the files done and the files in all.
+
+    Raises:
+        DataError: if there is no such source, or it cannot be used; the sentence names it.
+        OptionError: if an option is outside what is allowed.
+
+    Example:
+        >>> load("digits").description
+        'digits: 1,476 train + 321 held-out images of 1x8x8, 17 levels, 10 classes'
+    """
+    if on_bad not in get_args(OnBad):
+        raise unknown("on_bad", on_bad, get_args(OnBad))
+    if size is not None and not 1 <= size <= MAX_SIZE:
+        raise OptionError(f"received size={size}: a side in pixels is between 1 and {MAX_SIZE:,}")
+
+    if source == "digits":
+        name, where, examples = "digits", "digits", _digits()
+    elif isinstance(source, str) and source in toys.TOYS:
+        name, where, examples = source, source, _toy(source, seed)
+    else:
+        path = Path(source).absolute()
+        name, where, examples = printable(path.name), str(path), _read(path, str(source), size, on_bad, progress)
+
+    if size is not None and examples.x.shape[2:] != (size, size):
+        raise OptionError(
+            f"received size={size} for {name}, whose examples are {'x'.join(map(str, examples.x.shape[1:]))}: "
+            "only folders and archives of images are resized"
+        )
+    return divide(examples, name=name, source=where)
+
+
+def _read(path: Path, given: str, size: int | None, on_bad: OnBad, progress: Progress | None) -> Examples:
+    where = printable(given)
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if "/" in given or path.suffix:
+            raise DataError(f"{where}: no such file or folder") from None
+        names = ["digits", *toys.TOYS]
+        raise DataError(
+            f"no file or folder is called {where!r}, and {unknown('built-in data', where, names)}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where}: cannot be opened ({error})") from None
+
+    from ancestral.data import images  # Pillow is loaded when there are images to read
+
+    suffix = path.suffix.lower()
+    if stat.S_ISDIR(mode):
+        return arrays.read_idx_folder(path) or images.read_folder(path, size=size, on_bad=on_bad, progress=progress)
+    if not stat.S_ISREG(mode):
+        raise DataError(f"{where}: neither a regular file nor a folder")
+    if suffix == ".zip":
+        return images.read_zip(path, size=size, on_bad=on_bad, progress=progress)
+    if suffix == ".npy":
+        return arrays.read_npy(path)
+    if suffix == ".npz":
+        return arrays.read_npz(path)
+    if "idx" in path.name.lower():
+        return arrays.read_idx(path)
+    if suffix in images.SUFFIXES:
+        raise DataError(f"{where}: is one image: give the folder that holds it and others")
+    raise DataError(
+        f"{where}: not a kind of file that is read: give a folder or a .zip of images, an .npy or .npz array, "
+        "or IDX files"
+    )
+
+
+def _digits() -> Examples:
+    """8x8 handwritten digits on 17 levels; DIGITS.md beside the file says whose they are."""
+    with files("ancestral.data").joinpath("digits.npz").open("rb") as file, np.load(file) as archive:
+        return Examples(
+            x=archive["x"],
+            levels=17,
+            labels=archive["y"].astype(np.int64),
+            classes=tuple("0123456789"),
+        )
+
+
+def _toy(name: str, seed: int) -> Examples:
+    toy = toys.TOYS[name]()
+    draws = [toy.sample(n, rng=stream(seed, key)) for key, n in enumerate((TOY_TRAIN, TOY_HELD_OUT))]
+    return Examples(
+        x=torch.cat(draws).to(torch.float32).numpy(),
+        levels=None,
+        held_out=np.arange(TOY_TRAIN + TOY_HELD_OUT) >= TOY_TRAIN,
+    )

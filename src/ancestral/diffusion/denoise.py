@@ -1,0 +1,188 @@
+"""The denoiser: whatever a network predicts, everything downstream sees E[x_0 | x_t].
+
+    x_0_hat = c_skip x_t + c_out net(c_in x_t, c_noise)
+
+One row of `ROWS` per parameterization gives (c_skip, c_out); c_in brings the input to unit variance and c_noise is
+the log-SNR. With the squared error of x_0_hat weighted by 1 / c_out^2, every row recovers its historical loss.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ancestral.diffusion.process import Process, Time, per_example
+from ancestral.errors import OptionError, unknown
+
+Row = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+ROWS: dict[str, Row] = {
+    "x0": lambda a, s, d: (0 * a, 1 + 0 * a),
+    "eps": lambda a, s, d: (1 / a, -s / a),
+    "score": lambda a, s, d: (1 / a, s**2 / a),
+    "v": lambda a, s, d: (a / (a**2 + s**2), -s / (a**2 + s**2)),
+    "velocity": lambda a, s, d: (1 / (a + s), -s / (a + s)),
+    "edm": lambda a, s, d: (a * d**2 / (a**2 * d**2 + s**2), s * d / (a**2 * d**2 + s**2).sqrt()),
+}
+"""(alpha, sigma, sigma_data) -> (c_skip, c_out). References: Ho et al. (2020), eq. 15; Song & Ermon (2019), eq. 5;
+Salimans & Ho (2022), appendix D; Lipman et al. (2023), eq. 23; Karras et al. (2022), table 1."""
+
+
+class Denoiser(nn.Module, ABC):
+    """E[x_0 | x_t] for one process, and the same knowledge as noise, score or velocity."""
+
+    process: Process
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Time) -> Tensor:
+        """E[x_0 | x_t], the shape and dtype of x_t; t is a scalar or one time per example, shape (B,)."""
+
+    def eps(self, x_t: Tensor, t: Time) -> Tensor:
+        """E[eps | x_t] = (x_t - alpha_t E[x_0|x_t]) / sigma_t."""
+        alpha_t, sigma_t = (per_example(c, x_t) for c in self.process(t))
+        return (x_t - alpha_t * self(x_t, t)) / sigma_t
+
+    def score(self, x_t: Tensor, t: Time) -> Tensor:
+        """grad log q(x_t) = (alpha_t E[x_0|x_t] - x_t) / sigma_t^2."""
+        alpha_t, sigma_t = (per_example(c, x_t) for c in self.process(t))
+        return (alpha_t * self(x_t, t) - x_t) / sigma_t.square()
+
+    def velocity(self, x_t: Tensor, t: Time) -> Tensor:
+        """E[eps - x_0 | x_t]: dx/dt along the straight path."""
+        return self.eps(x_t, t) - self(x_t, t)
+
+
+@runtime_checkable
+class HasVariance(Protocol):
+    """A denoiser that also knows how uncertain it is."""
+
+    def variance(self, x_t: Tensor, t: Time) -> Tensor:
+        """Var[x_0 | x_t] per element, the shape of x_t."""
+        ...
+
+
+class NetworkDenoiser(Denoiser):
+    """A network read as a denoiser through one row of `ROWS`.
+
+    Args:
+        net: (c_in x_t, c_noise) -> output of the shape of x_t, with c_noise the log-SNR in nats, shape (B,).
+        process: the forward process that noised the data.
+        predicts: which row.
+        sigma_data: standard deviation of the data in the model's units.
+
+    Raises:
+        OptionError: if the row is unknown, or divides by an alpha that is zero at the end of the process.
+    """
+
+    def __init__(self, net: nn.Module, process: Process, predicts: str = "v", sigma_data: float = 1.0) -> None:
+        super().__init__()
+        if predicts not in ROWS:
+            raise unknown("parameterization", predicts, ROWS)
+        self.net, self.process, self.predicts, self.sigma_data = net, process, predicts, sigma_data
+        if not torch.stack(self.coefficients(1.0)).isfinite().all():
+            raise OptionError(
+                f"predicting {predicts!r} is undefined at t = 1 of this process, where no signal is left (alpha = 0): "
+                "predict 'v', 'velocity', 'x0' or 'edm', or choose a schedule that keeps some signal"
+            )
+
+    def coefficients(self, t: Time) -> tuple[Tensor, Tensor, Tensor]:
+        """(c_skip, c_out, c_in) at t, float64, the shape of t."""
+        alpha, sigma = self.process(t)
+        c_skip, c_out = ROWS[self.predicts](alpha, sigma, self.sigma_data)
+        return c_skip, c_out, (alpha**2 * self.sigma_data**2 + sigma**2).rsqrt()
+
+    def forward(self, x_t: Tensor, t: Time) -> Tensor:
+        """E[x_0 | x_t] = c_skip x_t + c_out net(c_in x_t, c_noise)."""
+        c_skip, c_out, c_in = (per_example(c, x_t) for c in self.coefficients(t))
+        c_noise = self.process.log_snr(t).clamp(-20, 20).to(x_t.dtype).expand(len(x_t))
+        return c_skip * x_t + c_out * self.net(c_in * x_t, c_noise).to(x_t.dtype)
+
+
+class Posterior(Protocol):
+    """A law whose posterior under Gaussian noise is known, such as a `toys.Toy`."""
+
+    def posterior_mean(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+
+    def posterior_cov(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor: ...
+
+
+class OracleDenoiser(Denoiser):
+    """The exact denoiser of a law that is known in closed form: every sampler and bound can be tested against it."""
+
+    def __init__(self, law: Posterior, process: Process) -> None:
+        super().__init__()
+        self.law, self.process = law, process
+
+    def forward(self, x_t: Tensor, t: Time) -> Tensor:
+        """E[x_0 | x_t], computed in float64."""
+        return self.law.posterior_mean(x_t.double(), *self.process(t)).to(x_t.dtype)
+
+    def variance(self, x_t: Tensor, t: Time) -> Tensor:
+        """The diagonal of Cov[x_0 | x_t], the shape of x_t."""
+        return self.law.posterior_cov(x_t.double(), *self.process(t)).diagonal(dim1=-2, dim2=-1).to(x_t.dtype)
+
+
+class Clipped(Denoiser):
+    """A denoiser whose guess is moved into the range of the data, which can only bring it closer to any x_0 there."""
+
+    def __init__(self, denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__()
+        self.denoiser, self.process, self.low, self.high = denoiser, denoiser.process, low, high
+
+    def forward(self, x_t: Tensor, t: Time) -> Tensor:
+        """E[x_0 | x_t] clipped to [low, high]."""
+        return self.denoiser(x_t, t).clamp(self.low, self.high)
+
+
+VARIANCES = ("beta", "fixed-large", "fixed-small", "optimal")
+"""What the reverse chain may take as Sigma_theta; `likelihood.decoder_var` lists how they differ in the last step."""
+
+
+def reverse(
+    denoiser: Denoiser, x_t: Tensor, s: Time, t: Time, variance: str = "fixed-small"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One transition of the learned reverse chain, p_theta(x_s|x_t) = N(mu_theta, Sigma_theta), s < t.
+
+    mu_theta = c_t x_t + c_0 x_0_hat, the posterior q(x_s|x_t, x_0) with the denoiser's guess in place of x_0, and
+
+        "beta", "fixed-large"   Sigma_theta = var_{t|s}
+        "fixed-small"           Sigma_theta = beta~ = sigma_s^2 gain
+        "optimal"               Sigma_theta = beta~ + c_0^2 Var[x_0|x_t]     (needs a denoiser that `HasVariance`)
+
+    References: Ho et al. (2020), section 3.2; Bao et al. (2022), theorem 1.
+
+    Args:
+        denoiser: E[x_0 | x_t].
+        x_t: shape (B, ...).
+        s, t: times, scalars or shape (B,).
+        variance: one of `VARIANCES`.
+
+    Returns:
+        mu_theta, Sigma_theta (broadcastable) and x_0_hat, in the dtype of x_t.
+
+    Raises:
+        OptionError: if the variance is unknown, or optimal without a denoiser that knows it.
+    """
+    if variance not in VARIANCES:
+        raise unknown("reverse variance", variance, VARIANCES)
+    process = denoiser.process
+    c_t, c_0, beta_tilde = (per_example(c, x_t) for c in process.posterior_coefficients(s, t))
+    x_0_hat = denoiser(x_t, t)
+    mean = c_t * x_t + c_0 * x_0_hat
+    if variance == "fixed-small":
+        return mean, beta_tilde, x_0_hat
+    if variance == "optimal":
+        return mean, beta_tilde + c_0.square() * known_variance(denoiser, x_t, t), x_0_hat
+    return mean, per_example(process.transition(s, t)[1], x_t), x_0_hat
+
+
+def known_variance(denoiser: Denoiser, x_t: Tensor, t: Time) -> Tensor:
+    """Var[x_0 | x_t] from a denoiser that has it, or a sentence saying that this one has not."""
+    if not isinstance(denoiser, HasVariance):
+        raise OptionError(
+            f"reverse variance 'optimal' needs a denoiser that knows Var[x_0|x_t], and {type(denoiser).__name__} "
+            "does not: use 'beta' or 'fixed-small'"
+        )
+    return denoiser.variance(x_t, t)

@@ -1,0 +1,171 @@
+"""The diffusion family: a network, a process and the facts of a data set, trained, sampled and measured in its units."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ancestral.data import Facts
+from ancestral.diffusion import likelihood, sample
+from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, NetworkDenoiser
+from ancestral.diffusion.process import LOG_SNR_MIN, Process
+from ancestral.errors import OptionError, unknown
+from ancestral.protocol import Density, Player, Seeds
+from ancestral.rng import randn, streams
+
+
+def simple(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Uniform times, and the plain squared error of whatever the network predicts: weight 1 / c_out^2."""
+    _, c_out, _ = denoiser.coefficients(times)
+    return torch.ones_like(times), c_out.square().reciprocal()
+
+
+def bound(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
+    """The middle terms of the bound, L_{t-1} = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - x_0_hat||^2, for reverse variance beta~.
+
+    A term is drawn with probability proportional to the log-SNR it spans, where the noise-weighted error is even.
+    """
+    process, (s, t) = denoiser.process, (times[:-1], times[1:])
+    first = times.new_zeros(1)
+    span = process.log_snr(s) - process.log_snr(t).clamp(min=LOG_SNR_MIN)
+    snr_lost = process.log_snr(s).exp() * process.gain(s, t)
+    probability = torch.cat([first, span / span.sum()])
+    return probability, torch.cat([first, 0.5 * snr_lost * span.sum() / span])
+
+
+WEIGHTINGS = {"simple": simple, "bound": bound}
+"""(denoiser, times of the chain) -> (probability of training on each step, weight of the squared error of x_0 there)."""
+
+
+class Diffusion(nn.Module):
+    """A diffusion model of data with the given facts.
+
+    Args:
+        net: network taking (x, log-SNR) to the shape of x.
+        process: the forward process.
+        facts: of the data: shape, levels, scale.
+        predicts: parameterization, a key of `denoise.ROWS`.
+        weighting: of the training loss: "simple", the plain squared error of what the network predicts at uniform
+            times, or "bound", the middle terms of the variational bound of the chain.
+        variance: of the reverse chain, one of `denoise.VARIANCES`.
+        chain: the number of steps T of the chain that is trained and measured.
+
+    Raises:
+        OptionError: if a name is unknown or a combination is undefined.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        process: Process,
+        facts: Facts,
+        *,
+        predicts: str = "v",
+        weighting: str = "simple",
+        variance: str = "fixed-small",
+        chain: int = 1000,
+    ) -> None:
+        super().__init__()
+        if weighting not in WEIGHTINGS:
+            raise unknown("weighting", weighting, WEIGHTINGS)
+        if variance not in VARIANCES:
+            raise unknown("reverse variance", variance, VARIANCES)
+        if chain < 2:
+            raise OptionError(f"a chain needs at least 2 steps to be trained, received {chain}")
+        self.facts, self.process, self.variance, self.chain = facts, process, variance, chain
+        self.network = NetworkDenoiser(net, process, predicts)
+        times = sample.uniform(chain).flip(0)
+        probability, self._weight = WEIGHTINGS[weighting](self.network, times)
+        self._times, self._cumulative = times, (probability / probability.sum()).cumsum(0)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """E[x_0 | x_t] in the model's units, clipped to [-1, 1] when the data has levels."""
+        return self.network if self.facts.levels is None else Clipped(self.network)
+
+    def players(self) -> Mapping[str, Player]:
+        """The denoiser, with `loss`."""
+        return {"denoiser": Player(self.network, self.loss)}
+
+    def loss(self, x_0: Tensor, rng: torch.Generator) -> Tensor:
+        """Mean over the batch of w_t ||x_0 - x_0_hat||^2 per dimension, with t at low discrepancy over the chain.
+
+        Times: u_b = (u + b) / B for one uniform u, through the inverse distribution function of the weighting.
+
+        Reference: Kingma et al. (2021), appendix I.1, for the times.
+
+        Args:
+            x_0: examples in the model's units, shape (B, ...).
+            rng: generator of times and noise.
+        """
+        n = len(x_0)
+        u = (torch.rand(1, generator=rng, dtype=torch.float64) + torch.arange(n)) / n
+        step = torch.searchsorted(self._cumulative, u).clamp(max=self.chain - 1)
+        t, weight = self._times[step], self._weight[step]
+        x_t, _ = self.process.marginal(x_0, t, rng)
+        error = (self.network(x_t, t) - x_0).square().flatten(1).mean(1)
+        return (weight.to(error.dtype) * error).mean()
+
+    def sample(
+        self,
+        n: int,
+        *,
+        steps: int | Tensor = 50,
+        sampler: sample.Sampler = sample.ancestral,
+        rng: Seeds = 0,
+        **options: Any,
+    ) -> Tensor:
+        """n examples in the data's own units: integer levels, or real values. Example i depends on seed i alone."""
+        for point in self.sample_path(n, steps=steps, sampler=sampler, rng=rng, **options):
+            x = point.x
+        return self.facts.to_raw(x)
+
+    def sample_path(
+        self,
+        n: int,
+        *,
+        steps: int | Tensor = 50,
+        sampler: sample.Sampler = sample.ancestral,
+        rng: Seeds = 0,
+        **options: Any,
+    ) -> Iterator[sample.Point]:
+        """Every point of the walk from noise to data, in the model's units."""
+        each = streams(rng, n)
+        times = sample.grid(self.process, steps)
+        noise = randn((n, *self.facts.shape), each) * float(self.process.prior_var(times[0])) ** 0.5
+        return sampler.path(self.denoiser, noise, times, rng=each, **options)
+
+    def bound(
+        self, x: Tensor, *, rng: Seeds = 0, draws: int | None = None, steps: Tensor | None = None
+    ) -> likelihood.Bound:
+        """The variational bound of examples in the data's units; see `likelihood.bound`.
+
+        Its nats are of the data as given: a discrete probability when there are levels, else a density in data units.
+        """
+        result = likelihood.bound(
+            self.denoiser,
+            self.facts.scale.forward(x),
+            self.chain if steps is None else steps,
+            rng=streams(rng, len(x)),
+            draws=draws,
+            variance=self.variance,
+            levels=self.facts.levels,
+        )
+        return result if self.facts.levels else result.shifted(-self.facts.scale.log_det(self.facts.shape))
+
+    def log_prob(self, x: Tensor, *, rng: Seeds = 0) -> Density:
+        """A lower bound on log p(x) in nats, from all terms of the chain with one draw of noise each."""
+        return Density(-self.bound(x, rng=rng).nats, "lower bound")
+
+    def encode(self, x: Tensor, *, steps: int = 100) -> Tensor:
+        """The latent of each example: the probability-flow ODE followed from t = 1/steps to 1, in the model's units."""
+        times = sample.uniform(steps).flip(0).tolist()
+        start = sample.Point(times[0], self.process(times[0])[0].float() * self.facts.scale.forward(x))
+        for point in sample.walk(sample.heun_step, self.denoiser, start, times):
+            z = point.x
+        return z
+
+    def decode(self, z: Tensor, *, steps: int = 100) -> Tensor:
+        """The example of each latent, in the data's units: the inverse of `encode` up to the solver's error."""
+        return self.facts.to_raw(sample.heun(self.denoiser, z, sample.uniform(steps)))

@@ -1,0 +1,242 @@
+"""Samplers: pure steps from time t to time s, and the one loop that walks a grid of times back to the data.
+
+A step is `(denoiser, x, t, s, memory, *, rng, **options) -> (x, memory)`. It sees the denoiser and (alpha, sigma)
+only, so every sampler works with every process and parameterization. A bare call of a sampler finishes;
+`.path(...)` yields every point on the way.
+
+The probability-flow ODE is written without reference to time: along it dx = x_0_hat d alpha + eps_hat d sigma
+(Song et al. 2021, 2011.13456, eq. 13, with the process's own alpha and sigma as coordinates), which holds for
+every process and has no singularity at either end.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ancestral import langevin
+from ancestral.diffusion.denoise import Denoiser, reverse
+from ancestral.diffusion.process import Process
+from ancestral.errors import OptionError
+from ancestral.rng import Rng, randn
+
+Step = Callable[..., tuple[Tensor, Any]]
+
+
+class Point(NamedTuple):
+    """Where a walk is: the time, the examples there, and what a step remembers of the way."""
+
+    t: float
+    x: Tensor
+    memory: Any = None
+
+
+# Grids: decreasing times at which the network is asked; the walk closes at the data, t = 0.
+
+
+def uniform(n: int) -> Tensor:
+    """n times evenly spaced: 1, (n-1)/n, ..., 1/n; the chain of n steps."""
+    return torch.arange(n, 0, -1, dtype=torch.float64) / n
+
+
+def karras(process: Process, n: int, rho: float = 7.0, log_snr_max: float = 12.0) -> Tensor:
+    """n times evenly spaced in (sigma / alpha)^(1/rho), from the end of the process to log_snr_max.
+
+    Reference: Karras et al. (2022), eq. 5; log_snr_max = 12 is their sigma_min of 0.002.
+    """
+    top = process.log_snr(1.0).clamp(min=-20)
+    ends = torch.exp(-torch.stack([top, torch.full_like(top, log_snr_max)]) / (2 * rho))
+    ratio = (ends[0] + torch.linspace(0, 1, n, dtype=torch.float64) * (ends[1] - ends[0])) ** rho
+    times = process.time(-2 * ratio.log())
+    return torch.cat([torch.ones(1, dtype=torch.float64), times[1:]])
+
+
+def grid(process: Process, steps: int | Tensor) -> Tensor:
+    """The given times, or the default grid of so many: Karras's for a variance-exploding process, else uniform.
+
+    Raises:
+        OptionError: if there are no steps, or the times are not decreasing within (0, 1].
+    """
+    if isinstance(steps, int):
+        if steps < 1:
+            raise OptionError(f"sampling needs at least one step, received {steps}")
+        return karras(process, steps) if process.constraint == "variance-exploding" else uniform(steps)
+    if len(steps) == 0 or steps[0] > 1 or steps[-1] <= 0 or (steps.diff() >= 0).any():
+        raise OptionError(
+            "a grid of steps must be decreasing times in (0, 1]; the data, t = 0, is added by the sampler"
+        )
+    return steps.double()
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A step, the loop around it, and what is claimed about it.
+
+    Attributes:
+        step: the pure step.
+        order: of convergence in the number of steps, strong for a deterministic sampler and weak for a stochastic one.
+        evaluations: of the network in one step.
+        stochastic: whether the step draws noise.
+
+    Example:
+        >>> from ancestral import toys
+        >>> from ancestral.diffusion import denoise, process
+        >>> from ancestral.rng import randn, stream
+        >>> oracle = denoise.OracleDenoiser(toys.named("ring-8"), process.cosine())
+        >>> x = ddim(oracle, randn((5, 2), stream(0)).double(), 50)
+        >>> (x.norm(dim=1) - 2).abs().max() < 0.5
+        tensor(True)
+    """
+
+    step: Step
+    order: int
+    evaluations: int
+    stochastic: bool
+
+    def __call__(self, denoiser: Denoiser, x: Tensor, steps: int | Tensor, **options: Any) -> Tensor:
+        """The end of the path: examples at t = 0, the shape of x."""
+        for point in self.path(denoiser, x, steps, **options):
+            x = point.x
+        return x
+
+    def path(
+        self, denoiser: Denoiser, x: Tensor, steps: int | Tensor, *, rng: Rng | None = None, **options: Any
+    ) -> Iterator[Point]:
+        """Every point from x at the first time of the grid to the data.
+
+        Args:
+            denoiser: E[x_0 | x_t].
+            x: draws of p(x_T), shape (B, ...).
+            steps: a grid of times, or the number of times of the default grid.
+            rng: one generator, or one per example; only a stochastic sampler needs it.
+            options: of the step.
+
+        Raises:
+            OptionError: if the grid is not legal, or a stochastic sampler has no rng.
+        """
+        if self.stochastic and rng is None:
+            raise OptionError("this sampler draws noise: pass rng=, one generator or one per example")
+        times = [*grid(denoiser.process, steps).tolist(), 0.0]
+        return walk(self.step, denoiser, Point(times[0], x), times, rng=rng, **options)
+
+
+def walk(step: Step, denoiser: Denoiser, start: Point, times: list[float], **options: Any) -> Iterator[Point]:
+    """The loop of every sampler: `step` over each pair of neighbouring times, backward or forward, without gradients."""
+    point = start
+    yield point
+    for t, s in pairwise(times):
+        with torch.no_grad():
+            point = Point(s, *step(denoiser, point.x, t, s, point.memory, **options))
+        yield point
+
+
+def ancestral_step(
+    denoiser: Denoiser, x: Tensor, t: float, s: float, memory: None, *, rng: Rng, variance: str = "fixed-small"
+) -> tuple[Tensor, None]:
+    """x_s ~ p_theta(x_s|x_t) = N(mu_theta, Sigma_theta); the last step, to the data, returns the mean.
+
+    Reference: Ho et al. (2020), algorithm 2. `variance` is one of `denoise.VARIANCES`.
+    """
+    mean, var, _ = reverse(denoiser, x, s, t, variance)
+    if s == 0:
+        return mean, memory
+    return mean + var.sqrt() * randn(x.shape, rng, dtype=x.dtype), memory
+
+
+def ddim_step(
+    denoiser: Denoiser, x: Tensor, t: float, s: float, memory: None, *, rng: Rng | None = None, eta: float = 0.0
+) -> tuple[Tensor, None]:
+    """x_s = alpha_s x_0_hat + sqrt(sigma_s^2 - eta^2 beta~) eps_hat + eta sqrt(beta~) z.
+
+    eta scales the standard deviation of fresh noise: 0 is deterministic, 1 is ancestral sampling.
+
+    Reference: Song, Meng & Ermon (2021), eqs. 12 and 16.
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.process(t), denoiser.process(s)
+    fresh = eta**2 * denoiser.process.gain(s, t)
+    x_0_hat = denoiser(x, t)
+    eps_hat = (x - alpha_t.to(x.dtype) * x_0_hat) / sigma_t.to(x.dtype)
+    x = alpha_s.to(x.dtype) * x_0_hat + (sigma_s * (1 - fresh).sqrt()).to(x.dtype) * eps_hat
+    if eta == 0 or s == 0:
+        return x, memory
+    if rng is None:
+        raise OptionError(f"DDIM with eta = {eta} draws noise: pass rng=, one generator or one per example")
+    return x + (sigma_s * fresh.sqrt()).to(x.dtype) * randn(x.shape, rng, dtype=x.dtype), memory
+
+
+def euler_step(
+    denoiser: Denoiser, x: Tensor, t: float, s: float, memory: None, *, rng: Rng | None = None
+) -> tuple[Tensor, None]:
+    """x_s = x_t + (alpha_s - alpha_t) x_0_hat + (sigma_s - sigma_t) eps_hat, which equals DDIM with eta = 0."""
+    return _along(denoiser, x, t, s, *_slopes(denoiser, x, t)), memory
+
+
+def heun_step(
+    denoiser: Denoiser, x: Tensor, t: float, s: float, memory: None, *, rng: Rng | None = None
+) -> tuple[Tensor, None]:
+    """Euler to s, then again from t with the mean of the slopes at both ends; Euler alone where sigma_s = 0.
+
+    Reference: Karras et al. (2022), algorithm 1, in the coordinates of this module.
+    """
+    x_0_t, eps_t = _slopes(denoiser, x, t)
+    x_euler = _along(denoiser, x, t, s, x_0_t, eps_t)
+    if s == 0:
+        return x_euler, memory
+    x_0_s, eps_s = _slopes(denoiser, x_euler, s)
+    return _along(denoiser, x, t, s, (x_0_t + x_0_s) / 2, (eps_t + eps_s) / 2), memory
+
+
+def annealed_langevin_step(
+    denoiser: Denoiser, x: Tensor, t: float, s: float, memory: Any, *, rng: Rng, updates: int = 10, size: float = 0.2
+) -> tuple[Tensor, langevin.Chains]:
+    """`updates` steps of Langevin dynamics on log q(x_t), of length size * sigma_t^2, then on to the next level.
+
+    Each example is one chain. The memory is the level's `langevin.Chains`, whose `ess()` and `r_hat()` say whether
+    the level was explored. The last level ends with the denoiser's guess.
+
+    Reference: Song & Ermon (2019), algorithm 1; the closing denoising step is from Jolicoeur-Martineau et al. (2021).
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.process(t), denoiser.process(s)
+    chains = langevin.ula(
+        lambda flat: denoiser.score(flat.reshape(x.shape), t).flatten(1),
+        x.flatten(1),
+        size * float(sigma_t) ** 2,
+        updates,
+        rng=rng,
+    )
+    x = chains.samples[-1].reshape(x.shape)
+    if s == 0:
+        return denoiser(x, t), chains
+    shrink = (alpha_s.square() + sigma_s.square()).sqrt() / (alpha_t.square() + sigma_t.square()).sqrt()
+    return shrink.to(x.dtype) * x, chains
+
+
+def _slopes(denoiser: Denoiser, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+    """(x_0_hat, eps_hat): what x gains per unit of alpha and of sigma along the probability-flow ODE."""
+    alpha_t, sigma_t = (c.to(x.dtype) for c in denoiser.process(t))
+    x_0_hat = denoiser(x, t)
+    return x_0_hat, (x - alpha_t * x_0_hat) / sigma_t
+
+
+def _along(denoiser: Denoiser, x: Tensor, t: float, s: float, x_0_hat: Tensor, eps_hat: Tensor) -> Tensor:
+    """x + (alpha_s - alpha_t) x_0_hat + (sigma_s - sigma_t) eps_hat."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.process(t), denoiser.process(s)
+    return x + (alpha_s - alpha_t).to(x.dtype) * x_0_hat + (sigma_s - sigma_t).to(x.dtype) * eps_hat
+
+
+ancestral = Sampler(ancestral_step, order=1, evaluations=1, stochastic=True)
+ddim = Sampler(ddim_step, order=1, evaluations=1, stochastic=False)
+euler = Sampler(euler_step, order=1, evaluations=1, stochastic=False)
+heun = Sampler(heun_step, order=2, evaluations=2, stochastic=False)
+annealed_langevin = Sampler(annealed_langevin_step, order=1, evaluations=10, stochastic=True)
+
+SAMPLERS = {
+    "ancestral": ancestral,
+    "ddim": ddim,
+    "euler": euler,
+    "heun": heun,
+    "annealed-langevin": annealed_langevin,
+}

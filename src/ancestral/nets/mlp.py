@@ -1,0 +1,45 @@
+"""A residual network for vectors.
+
+Shapes: B batch, D dimensions of the data, E width.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ancestral.nets.blocks import NoiseEmbedding, zeroed
+
+
+class MLP(nn.Module):
+    """Residual layers over a vector, each modulated by the noise level.
+
+    Args:
+        shape: of one example; flattened inside.
+        width: hidden features.
+        depth: residual layers.
+
+    Example:
+        >>> MLP((2,), width=32, depth=2)(torch.zeros(5, 2), torch.zeros(5)).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(self, shape: tuple[int, ...], width: int = 256, depth: int = 4) -> None:
+        super().__init__()
+        dims = torch.Size(shape).numel()
+        self.embedding = NoiseEmbedding(width)
+        self.enter = nn.Linear(dims, width)
+        self.modulations = nn.ModuleList(zeroed(nn.Linear(width, 2 * width)) for _ in range(depth))
+        self.first = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.second = nn.ModuleList(zeroed(nn.Linear(width, width)) for _ in range(depth))
+        self.leave = zeroed(nn.Linear(width, dims))
+
+    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        """(B, *shape), (B,) -> (B, *shape)."""
+        embedding_BE = self.embedding(log_snr)
+        h_BE = self.enter(x.flatten(1))
+        for modulation, first, second in zip(self.modulations, self.first, self.second, strict=True):
+            scale, shift = modulation(embedding_BE).chunk(2, 1)
+            hidden = F.layer_norm(first(F.silu(h_BE)), (h_BE.shape[1],))
+            h_BE = h_BE + second(F.silu(torch.addcmul(shift, hidden, 1 + scale)))
+        out: Tensor = self.leave(F.silu(h_BE))
+        return out.reshape(x.shape)

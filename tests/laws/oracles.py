@@ -1,0 +1,53 @@
+"""What the laws are measured against: exact denoisers, posed as networks, and noise of which every moment is known."""
+
+import torch
+from torch import Tensor, nn
+
+from ancestral.diffusion.denoise import ROWS, NetworkDenoiser, Posterior
+from ancestral.diffusion.process import CONSTRAINTS, SCHEDULES, Process
+
+COMBINATIONS = [
+    (schedule, predicts)
+    for schedule in SCHEDULES
+    for predicts in ROWS
+    if not (schedule == "straight" and predicts in ("eps", "score"))
+]
+"""Every schedule with every parameterization that is defined on it: alpha = 0 ends the straight path."""
+
+
+class ExactNetwork(nn.Module):
+    """The network that a parameterization would have to learn: it inverts the row around the exact denoiser."""
+
+    def __init__(self, law: Posterior, process: Process, predicts: str) -> None:
+        super().__init__()
+        self.law, self.level, self.row = law, CONSTRAINTS[process.constraint], ROWS[predicts]
+
+    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        alpha, sigma = self.level(log_snr)
+        c_skip, c_out = (c[:, None] for c in self.row(alpha, sigma, 1.0))
+        x_t = x * (alpha**2 + sigma**2).sqrt()[:, None]
+        return (self.law.posterior_mean(x_t, alpha, sigma) - c_skip * x_t) / c_out
+
+
+def exact(law: Posterior, process: Process, predicts: str) -> NetworkDenoiser:
+    """The exact denoiser of a law, reached through the given parameterization."""
+    return NetworkDenoiser(ExactNetwork(law, process, predicts), process, predicts)
+
+
+class FiniteSet:
+    """Points y_i with probabilities w_i: the law of discrete data, with its exact posterior under noise."""
+
+    def __init__(self, points: Tensor, weights: Tensor) -> None:
+        self.points, self.weights = points.double(), weights.double()
+
+    def posterior_mean(self, x_t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        alpha, sigma = alpha.reshape(-1, 1, 1), sigma.reshape(-1, 1)
+        distance = (x_t[:, None] - alpha * self.points).square().sum(2)
+        return (self.weights.log() - distance / (2 * sigma.square())).softmax(1) @ self.points
+
+
+def two_point(mean: float, var: float) -> tuple[Tensor, Tensor]:
+    """Four pairs (x_0, eps) whose averages are exact for any quadratic of N(mean, var) and N(0, 1)."""
+    sign = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    eps = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    return (mean + var**0.5 * sign)[:, None], eps[:, None]

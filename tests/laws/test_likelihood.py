@@ -1,0 +1,229 @@
+"""The variational bound against likelihoods that are known: V1-V5 of the derivation."""
+
+import math
+
+import pytest
+import torch
+from oracles import COMBINATIONS, FiniteSet, exact, two_point
+from scipy.special import log_ndtr
+
+from ancestral import gaussian, toys
+from ancestral.diffusion import process as P
+from ancestral.diffusion.denoise import VARIANCES, Clipped, OracleDenoiser
+from ancestral.diffusion.likelihood import bound, continuous_bound, kl_term, mean_and_stderr
+from ancestral.diffusion.sample import uniform
+from ancestral.errors import OptionError
+from ancestral.rng import stream, streams
+
+
+@pytest.fixture
+def exact_moments(monkeypatch):
+    """Replaces noise by points whose averages are exact for quadratics, so that the bound of a Gaussian has no error."""
+
+    def use(mean: float, var: float):
+        x_0, eps = two_point(mean, var)
+        monkeypatch.setattr("ancestral.diffusion.process.randn", lambda shape, rng, dtype: eps.to(dtype))
+        return x_0
+
+    return use
+
+
+def gaussian_gap(process, x_0, mean, var, T, variance):
+    """E[VLB] - NLL of N(mean, var) with its exact denoiser, in nats."""
+    toy = toys.gaussian(torch.tensor([mean]), torch.tensor([[var]]))
+    result = bound(OracleDenoiser(toy, process), x_0, T, rng=stream(0), variance=variance)
+    return float(result.nats.mean()) - toy.entropy()
+
+
+@pytest.mark.parametrize("name", P.SCHEDULES)
+@pytest.mark.parametrize("T", [1, 2, 5, 50, 500])
+def test_with_the_optimal_variance_the_gap_is_the_terminal_kl_at_every_T(exact_moments, name, T):
+    """E[VLB] - NLL = KL(q(x_T) || p(x_T)) on a Gaussian."""
+    mean, var, process = 0.3, 0.25, P.named(name)
+    x_0 = exact_moments(mean, var)
+    alpha, sigma = process(1.0)
+    marginal = (alpha * mean, alpha**2 * var + sigma**2)
+    terminal = float(gaussian.kl(*marginal, torch.zeros(()).double(), process.prior_var()))
+    assert gaussian_gap(process, x_0, mean, var, T, "optimal") == pytest.approx(terminal, abs=1e-9)
+
+
+def test_with_variance_beta_the_gap_halves_when_T_doubles(exact_moments):
+    x_0 = exact_moments(0.3, 0.25)
+    gaps = [gaussian_gap(P.linear(), x_0, 0.3, 0.25, T, "beta") for T in (125, 250, 500, 1000)]
+    for coarse, fine in zip(gaps[:-1], gaps[1:], strict=True):
+        assert coarse / fine == pytest.approx(2, rel=0.1)
+
+
+EULER = 0.5772156649
+
+
+@pytest.mark.parametrize(
+    ("variance", "constant"), [("fixed-large", (1 - math.log(2)) / 2), ("fixed-small", (EULER + 1 - math.log(2)) / 2)]
+)
+def test_with_the_historical_first_step_the_gap_tends_to_a_constant(exact_moments, variance, constant):
+    """A decoder half as wide as needed costs (1 - log 2)/2 nats; beta~ in place of beta adds half of Euler's constant."""
+    x_0 = exact_moments(0.3, 0.25)
+    coarse, fine = (gaussian_gap(P.sigmoid(), x_0, 0.3, 0.25, T, variance) - constant for T in (1000, 4000))
+    assert abs(fine) < 0.005
+    assert abs(fine) < abs(coarse)
+
+
+@pytest.mark.parametrize("name", P.SCHEDULES)
+def test_refining_a_grid_never_loosens_the_bound_of_the_exact_denoiser(exact_moments, name):
+    """Prior and middle terms over nested grids that share their ends, with variance beta~."""
+    process, mean, var = P.named(name), 0.3, 0.25
+    x_0 = exact_moments(mean, var)
+    oracle = OracleDenoiser(toys.gaussian(torch.tensor([mean]), torch.tensor([[var]])), process)
+    fine = uniform(256)
+    sums = []
+    for stride in (85, 51, 17, 5, 1):
+        steps = fine if stride == 1 else fine[::stride]
+        assert steps[-1] == fine[-1]
+        sums.append(float(bound(oracle, x_0, steps, rng=stream(0), variance="fixed-small").diffusion.mean()))
+    nested = [sums[i] for i in (0, 2, 4)], [sums[i] for i in (1, 2, 4)], [sums[i] for i in (3, 4)]
+    for chain in nested:
+        assert all(a > b for a, b in zip(chain[:-1], chain[1:], strict=True))
+
+
+@pytest.mark.parametrize("variance", VARIANCES)
+@pytest.mark.parametrize("toy", toys.TOYS)
+def test_the_bound_is_above_the_negative_log_likelihood_on_every_toy(toy, variance):
+    law = toys.named(toy)
+    x_0 = law.sample(1000, rng=stream(0))
+    result = bound(OracleDenoiser(law, P.cosine()), x_0, 30, rng=stream(1), variance=variance)
+    gap, stderr = mean_and_stderr(result.nats + law.log_prob(x_0))
+    assert float(gap) > -3 * float(stderr)
+    assert float(gap) > 0 or variance == "optimal"
+
+
+@pytest.mark.parametrize(("name", "predicts"), COMBINATIONS)
+def test_the_bound_does_not_depend_on_what_the_network_predicts(name, predicts):
+    law, process = toys.named("mixture"), P.named(name)
+    x_0 = law.sample(50, rng=stream(0))
+    through_row = bound(exact(law, process, predicts), x_0, 10, rng=stream(1))
+    direct = bound(OracleDenoiser(law, process), x_0, 10, rng=stream(1))
+    torch.testing.assert_close(through_row.nats, direct.nats, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", P.SCHEDULES)
+def test_a_worse_denoiser_has_a_looser_bound(name):
+    law = toys.named("ring-8")
+    x_0 = law.sample(500, rng=stream(0))
+    wrong = OracleDenoiser(toys.named("mixture"), P.named(name))
+    right = OracleDenoiser(law, P.named(name))
+    excess = bound(wrong, x_0, 30, rng=stream(1)).nats - bound(right, x_0, 30, rng=stream(1)).nats
+    mean, stderr = mean_and_stderr(excess)
+    assert float(mean) > 5 * float(stderr)
+
+
+def test_all_terms_random_terms_and_the_continuous_limit_agree_within_their_errors():
+    law = toys.named("mixture")
+    oracle, n = OracleDenoiser(law, P.cosine()), 3000
+    x_0 = law.sample(n, rng=stream(0))
+    every = bound(oracle, x_0[:600], 100, rng=stream(1), variance="fixed-small").diffusion
+    for draws in (1, 7, 99):
+        some = bound(oracle, x_0, 100, rng=stream(2, draws), variance="fixed-small", draws=draws).diffusion
+        (a, a_err), (b, b_err) = mean_and_stderr(every), mean_and_stderr(some)
+        assert abs(float(a - b)) < 4 * float((a_err**2 + b_err**2).sqrt())
+    few, many = (
+        bound(oracle, x_0, 100, rng=stream(3, draws), variance="fixed-small", draws=draws).diffusion.std()
+        for draws in (1, 20)
+    )
+    assert float(few) > 2 * float(many)
+
+    fine = bound(oracle, x_0, 4000, rng=stream(4), variance="fixed-small", draws=20).diffusion
+    t_1 = 1 / 4000
+    _, limit, _ = continuous_bound(oracle, x_0, t_1, rng=stream(5), draws=20)
+    (a, a_err), (b, b_err) = mean_and_stderr(fine), mean_and_stderr(limit)
+    assert abs(float(a - b)) < 4 * float((a_err**2 + b_err**2).sqrt()) + 0.03
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+def test_the_continuous_limit_is_half_the_log_of_the_snr_ratio_on_a_gaussian(name):
+    """1/2 log((1 + S SNR_0) / (1 + S SNR_1)): it depends on the ends of the curve and not on its shape."""
+    process, S, t_min = P.named(name), 0.25, 0.01
+    toy = toys.gaussian(torch.zeros(1), torch.tensor([[S]]))
+    x_0 = toy.sample(20_000, rng=stream(0))
+    _, diffusion, _ = continuous_bound(OracleDenoiser(toy, process), x_0, t_min, rng=stream(1), draws=8)
+    snr_0, snr_1 = process.log_snr(t_min).exp(), process.log_snr(1.0).exp()
+    truth = 0.5 * ((1 + S * snr_0) / (1 + S * snr_1)).log()
+    mean, stderr = mean_and_stderr(diffusion)
+    assert abs(float(mean - truth)) < 4 * float(stderr)
+
+
+def test_a_term_is_half_the_snr_lost_times_the_squared_error():
+    """KL(q || p) with variance beta~ equals 1/2 (SNR_s - SNR_t) ||x_0 - x_0_hat||^2 at the same noise."""
+    law, process = toys.named("mixture"), P.cosine()
+    oracle, x_0 = OracleDenoiser(law, process), law.sample(100, rng=stream(0))
+    s, t = torch.tensor(0.30).double(), torch.tensor(0.35).double()
+    term = kl_term(oracle, x_0, s, t, "fixed-small", stream(1))
+    x_t, _ = process.marginal(x_0, t, stream(1))
+    lost = process.log_snr(s).exp() - process.log_snr(t).exp()
+    torch.testing.assert_close(term, 0.5 * lost * (x_0 - oracle(x_t, t)).square().sum(1), rtol=1e-9, atol=1e-12)
+
+
+def test_terms_by_step_add_up_to_the_bound():
+    law = toys.named("ring-8")
+    x_0 = law.sample(300, rng=stream(0))
+    result = bound(OracleDenoiser(law, P.cosine()), x_0, 40, rng=stream(1))
+    mean, stderr = result.by_step()
+    assert float(mean.sum()) == pytest.approx(float(result.nats.mean()), rel=1e-12)
+    assert float(stderr[0]) == pytest.approx(float(result.decoder.std() / 300**0.5), rel=1e-12)
+    torch.testing.assert_close(stderr[1:-1], result.terms.std(0) / 300**0.5)
+
+
+def test_an_image_has_the_same_bound_in_any_batch():
+    law = toys.named("mixture")
+    oracle, x_0 = OracleDenoiser(law, P.cosine()), law.sample(6, rng=stream(0))
+    together = bound(oracle, x_0, 20, rng=streams(3, 6), draws=5).nats
+    alone = torch.cat([bound(oracle, x_0[i : i + 1], 20, rng=streams(3, 1, start=i), draws=5).nats for i in range(6)])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+
+
+def test_discrete_pixels_the_whole_pipeline_is_just_above_the_exact_bits():
+    """Independent pixels on 5 levels with a known law: the bound, decoder included, lies above their entropy, closely."""
+    levels, draw = 5, stream(0)
+    pmf = torch.tensor([[0.5, 0.2, 0.1, 0.1, 0.1], [0.05, 0.05, 0.1, 0.1, 0.7]]).double()
+    values = torch.linspace(-1, 1, levels).double()
+    points, weights = torch.cartesian_prod(values, values), torch.outer(*pmf).flatten()
+    nll = -weights.log()
+    chosen = torch.multinomial(weights, 6000, replacement=True, generator=draw)
+    denoiser = Clipped(OracleDenoiser(FiniteSet(points, weights), P.cosine()))
+    for T, slack in ((100, 0.15), (1000, 0.02)):
+        result = bound(denoiser, points[chosen], T, rng=stream(1, T), draws=30, levels=levels)
+        gap, stderr = mean_and_stderr(result.nats - nll[chosen])
+        assert -3 * float(stderr) < float(gap) < slack + 3 * float(stderr)
+        assert float(result.decoder.mean()) < 0.01
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_the_decoder_is_a_distribution_over_the_levels(levels):
+    values = torch.linspace(-1, 1, levels).double()
+    mean = torch.tensor([-3.0, -1.0, -0.2, 0.0, 0.99, 5.0]).double()[:, None, None]
+    std = torch.tensor([1e-4, 0.01, 0.5, 30.0]).double()[:, None]
+    log_p = gaussian.log_bin(values, mean, std, levels)
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(6, 4).double(), rtol=1e-12, atol=0)
+    mirrored = gaussian.log_bin(values, -mean, std, levels).flip(-1)
+    torch.testing.assert_close(log_p, mirrored, rtol=1e-9, atol=1e-12)
+
+
+def test_the_decoder_is_exact_in_the_tails():
+    """Against an independent evaluation: P = exp(log_ndtr) differences, at up to 300 standard deviations."""
+    std = torch.tensor(0.05, dtype=torch.float64)
+    for z in (0.5, 5.0, 8.0, 40.0, 300.0):
+        upper, lower = -(z * 0.05 - 1 / 255) / 0.05, -(z * 0.05 + 1 / 255) / 0.05
+        expected = log_ndtr(upper) + math.log1p(-math.exp(log_ndtr(lower) - log_ndtr(upper)))
+        x = torch.tensor(1 / 255, dtype=torch.float64)
+        ours = gaussian.log_bin(x, x + z * std, std, 256)
+        assert float(ours) == pytest.approx(expected, rel=1e-9)
+        if z == 8:
+            assert expected == pytest.approx(-34.71, abs=0.01)
+
+
+def test_illegal_requests_are_refused():
+    oracle, x_0 = OracleDenoiser(toys.named("ring-8"), P.cosine()), torch.zeros(2, 2).double()
+    for draws in (0, 10, -1):
+        with pytest.raises(OptionError, match="9 middle terms"):
+            bound(oracle, x_0, 10, rng=stream(0), draws=draws)
+    with pytest.raises(OptionError, match="unknown reverse variance"):
+        bound(oracle, x_0, 10, rng=stream(0), variance="large")

@@ -1,0 +1,217 @@
+"""Samplers: exactness, equivalence, measured order, and what an example depends on."""
+
+import math
+
+import pytest
+import torch
+from oracles import COMBINATIONS, exact
+
+from ancestral import toys
+from ancestral.diffusion import process as P
+from ancestral.diffusion.denoise import NetworkDenoiser, OracleDenoiser
+from ancestral.diffusion.sample import (
+    SAMPLERS,
+    Point,
+    ancestral,
+    annealed_langevin,
+    ddim,
+    euler,
+    euler_step,
+    grid,
+    heun,
+    heun_step,
+    karras,
+    uniform,
+    walk,
+)
+from ancestral.errors import OptionError
+from ancestral.nets import MLP
+from ancestral.rng import randn, stream, streams
+
+MEAN, COV = torch.tensor([0.3, -0.6]), torch.tensor([[0.5, 0.2], [0.2, 0.3]])
+
+
+def start(process: P.Process, n: int, seed: int = 0) -> torch.Tensor:
+    return randn((n, 2), stream(seed), dtype=torch.float64) * process.prior_var() ** 0.5
+
+
+def gaussian_ode_map(process: P.Process, x_t: torch.Tensor, t: float, s: float) -> torch.Tensor:
+    """The probability-flow ODE of N(m, S) in closed form: x_s = alpha_s m + C_s^(1/2) C_t^(-1/2) (x_t - alpha_t m)."""
+    values, vectors = torch.linalg.eigh(COV.double())
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = process(t), process(s)
+    ratio = ((alpha_s**2 * values + sigma_s**2) / (alpha_t**2 * values + sigma_t**2)).sqrt()
+    return alpha_s * MEAN + (x_t - alpha_t * MEAN) @ (vectors * ratio) @ vectors.T
+
+
+@pytest.mark.parametrize(("name", "predicts"), COMBINATIONS)
+@pytest.mark.parametrize(("step", "order"), [(euler_step, euler.order), (heun_step, heun.order)])
+def test_measured_order_is_the_declared_order(name, predicts, step, order):
+    """The error on a Gaussian's probability-flow ODE falls as n^-order: the fitted slope is within 0.1."""
+    process = P.named(name)
+    denoiser = exact(toys.gaussian(MEAN, COV), process, predicts)
+    first, last = 0.9, 0.1
+    x = start(P.linear(), 20) * float(process(first)[0] ** 2 + process(first)[1] ** 2) ** 0.5
+    truth = gaussian_ode_map(process, x, first, last)
+    counts = torch.tensor([40, 80, 160, 320])
+    errors = []
+    for n in counts.tolist():
+        times = torch.linspace(first, last, n + 1, dtype=torch.float64).tolist()
+        *_, end = walk(step, denoiser, Point(first, x), times)
+        errors.append(float((end.x - truth).norm()))
+    slope = -torch.linalg.lstsq(
+        torch.stack([counts.double().log(), torch.ones(4).double()], 1), torch.tensor(errors).double().log()[:, None]
+    ).solution[0]
+    assert float(slope) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize(("name", "predicts"), COMBINATIONS)
+def test_ddim_with_eta_1_is_ancestral_sampling_and_with_eta_0_is_euler(name, predicts):
+    process = P.named(name)
+    denoiser, x = exact(toys.named("mixture"), process, predicts), start(process, 30)
+    steps = 12
+    tight = {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close(
+        ddim(denoiser, x, steps, eta=1.0, rng=stream(5)), ancestral(denoiser, x, steps, rng=stream(5)), **tight
+    )
+    torch.testing.assert_close(ddim(denoiser, x, steps), euler(denoiser, x, steps), **tight)
+
+
+@pytest.mark.parametrize("name", P.SCHEDULES)
+def test_ancestral_sampling_of_a_gaussian_reproduces_its_mean_and_covariance(name):
+    """With the exact denoiser and the optimal variance every step is exact, so 8 steps are as good as 1000."""
+    process, n = P.named(name), 100_000
+    mean, var = torch.tensor([0.3, -0.6]).double(), torch.tensor([0.5, 0.02]).double()
+    toy = toys.gaussian(mean, var.diag())
+    oracle = OracleDenoiser(toy, process)
+    t_1 = process.time(14.0)
+    steps = torch.cat([uniform(7), t_1.reshape(1)])
+    alpha, sigma = (float(c) for c in process(1.0))
+    x_T = toy.diffused(alpha, sigma).sample(n, rng=stream(1))
+    *_, before, _ = ancestral.path(oracle, x_T, steps, rng=stream(2), variance="optimal")
+    alpha_1, sigma_1 = process(t_1)
+    scale = (alpha_1**2 * var + sigma_1**2).sqrt()
+    z = (before.x - alpha_1 * mean) / scale
+    assert (z.mean(0).abs() < 4 / n**0.5).all()
+    assert ((z.T @ z / n - torch.eye(2)).abs() < 4 * (2 / n) ** 0.5).all()
+
+
+@pytest.mark.parametrize("variance", ["beta", "fixed-small"])
+def test_ancestral_sampling_with_fixed_variances_converges_to_the_law(variance):
+    """The moments of the samples approach the data's in proportion to 1/T, from above with beta, from below with beta~."""
+    process, S = P.linear(), 0.25
+    oracle = OracleDenoiser(toys.gaussian(torch.tensor([0.3]), torch.tensor([[S]])), process)
+
+    def excess(T: int) -> float:
+        """Exact propagation of mean and variance: the reverse chain of a Gaussian is affine."""
+        mean, var = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+        times = [*uniform(T).tolist(), 0.0]
+        for t, s in zip(times[:-2], times[1:-1], strict=True):
+            probe = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+            (shift, shifted), noise = _affine(oracle, probe, s, t, variance)
+            mean, var = shift + (shifted - shift) * mean, (shifted - shift) ** 2 * var + noise
+        alpha, sigma = process(times[-2])
+        return float(var - (alpha**2 * S + sigma**2)) / S
+
+    coarse, fine = excess(200), excess(400)
+    assert math.copysign(1, coarse) == (1 if variance == "beta" else -1)
+    assert abs(fine / coarse) < 0.62
+
+
+def _affine(oracle, probe, s, t, variance):
+    from ancestral.diffusion.denoise import reverse
+
+    mean, var, _ = reverse(oracle, probe, s, t, variance)
+    return mean.flatten(), var.flatten()[0]
+
+
+@pytest.mark.parametrize("name", P.SCHEDULES)
+def test_one_step_is_exact_for_a_point_mass(name):
+    process, point = P.named(name), torch.tensor([0.4, -0.9]).double()
+    oracle = OracleDenoiser(toys.gaussian(point, 1e-30 * torch.eye(2)), process)
+    x = start(process, 5)
+    for sampler in (ddim, euler, heun):
+        torch.testing.assert_close(sampler(oracle, x, 1), point.expand(5, 2), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", P.SCHEDULES)
+def test_every_sampler_finds_the_modes_in_their_proportions(name):
+    process, n = P.named(name), 4000
+    toy = toys.named("ring-8")
+    oracle = OracleDenoiser(toy, process)
+    x = start(process, n, seed=3)
+    for label, sampler in SAMPLERS.items():
+        end = sampler(oracle, x, 40, rng=stream(4))
+        mode = torch.cdist(end, toy.means).min(1)
+        share = torch.bincount(mode.indices, minlength=8) / n
+        slack = 5 * (0.125 * 0.875 / n) ** 0.5
+        assert (share - 0.125).abs().max() < slack + (0.02 if label == "annealed-langevin" else 0), label
+        assert float(mode.values.median()) < 0.3, label
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_example_i_depends_on_seed_i_and_not_on_its_batch(name):
+    """Bitwise with float64 noise and an elementwise oracle; up to float rounding with a network."""
+    process, sampler = P.cosine(), SAMPLERS[name]
+    torch.manual_seed(0)
+    net = MLP((2,), width=32, depth=2)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    denoiser = NetworkDenoiser(net, process)
+
+    def run(n: int, begin: int = 0) -> torch.Tensor:
+        each = streams(7, n, start=begin)
+        return sampler(denoiser, randn((n, 2), each), 6, rng=each)
+
+    full = run(8)
+    torch.testing.assert_close(run(3), full[:3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(run(2, begin=5), full[5:7], rtol=1e-4, atol=1e-5)
+    assert torch.equal(randn((3, 2), streams(7, 3)), randn((8, 2), streams(7, 8))[:3])
+    assert torch.equal(randn((2, 2), streams([11, 12], 2))[1:], randn((1, 2), streams([12], 1)))
+    assert (full[:, None] - full).abs().amax(2).fill_diagonal_(1).min() > 1e-3
+
+
+def test_a_walk_can_be_taken_up_at_any_point():
+    oracle = OracleDenoiser(toys.named("two-moons"), P.cosine())
+    points = list(heun.path(oracle, start(P.cosine(), 5), 10))
+    times = [*uniform(10).tolist(), 0.0]
+    *_, end = walk(heun_step, oracle, points[4], times[4:])
+    assert torch.equal(end.x, points[-1].x)
+    assert [point.t for point in points] == times
+
+
+def test_annealed_langevin_reports_which_levels_were_explored():
+    """Steps are in units of the noise, so chains mix where noise is as wide as the data and stand still far below."""
+    process = P.edm()
+    oracle = OracleDenoiser(toys.gaussian(MEAN, COV), process)
+    x, steps = start(process, 200), karras(process, 15)
+    first, *levels = annealed_langevin.path(oracle, x, steps, rng=stream(6), updates=300, size=0.7)
+    assert first.memory is None
+    for t, level in zip(steps, levels, strict=True):
+        sigma = float(process(t)[1])
+        if sigma > 0.7:
+            assert (level.memory.r_hat() < 1.1).all()
+        if sigma < 0.05:
+            assert (level.memory.r_hat() > 1.5).all()
+    assert (levels[-1].x.mean(0) - MEAN).abs().max() < 4 * (0.5 / 200) ** 0.5
+
+
+@pytest.mark.parametrize("name", P.SCHEDULES)
+def test_grids_decrease_from_the_end_of_the_process(name):
+    process = P.named(name)
+    for steps in (uniform(20), karras(process, 20), grid(process, 1), grid(process, 333)):
+        assert steps[0] == 1
+        assert (steps.diff() < 0).all()
+        assert steps[-1] > 0
+    ratio = torch.exp(-process.log_snr(karras(process, 20)[1:]) / 14)
+    torch.testing.assert_close(ratio.diff(), ratio.diff()[0].expand(18), rtol=1e-4, atol=1e-9)
+
+
+def test_illegal_grids_and_missing_noise_are_refused():
+    oracle, x = OracleDenoiser(toys.named("ring-8"), P.cosine()), start(P.cosine(), 2)
+    for steps in (0, torch.tensor([]), torch.tensor([0.5, 0.5]), torch.tensor([1.5, 0.5]), torch.tensor([0.5, 0.0])):
+        with pytest.raises(OptionError, match=r"steps|step"):
+            ddim(oracle, x, steps)
+    with pytest.raises(OptionError, match="pass rng="):
+        ancestral(oracle, x, 5)
+    with pytest.raises(OptionError, match="pass rng="):
+        ddim(oracle, x, 5, eta=0.5)
