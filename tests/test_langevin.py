@@ -184,9 +184,12 @@ def test_scores_by_autograd_leave_no_graph_behind():
         return torch.autograd.grad(NORMAL.log_prob(x).sum(), x, create_graph=True)[0]
 
     x = normal((3, 1), 23)
-    chains = mala(NORMAL.log_prob, score, x, 0.5, 10, rng=stream(24))
-    assert not chains.samples.requires_grad
-    torch.testing.assert_close(chains.samples, mala(NORMAL.log_prob, NORMAL.score, x, 0.5, 10, rng=stream(24)).samples)
+    for run in (
+        lambda score: ula(score, x, 0.5, 10, rng=stream(24)).samples,
+        lambda score: mala(NORMAL.log_prob, score, x, 0.5, 10, rng=stream(24)).samples,
+    ):
+        assert not run(score).requires_grad
+        torch.testing.assert_close(run(score), run(NORMAL.score))
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.5, 0.9, -0.5])
@@ -195,6 +198,22 @@ def test_ess_of_an_autoregression(phi):
     steps, chains = 4000, 25
     ess = Chains(ar_1(phi, steps, chains, 25)).ess()
     assert ess.item() == pytest.approx(steps * chains * (1 - phi) / (1 + phi), rel=0.1)
+
+
+def test_ess_of_short_chains_is_its_definition_summed_by_hand():
+    x = ar_1(0.7, 24, 3, 29)
+    halves = torch.cat([x[:12], x[12:]], dim=1)[..., 0]
+    centred, within = halves - halves.mean(0), halves.var(0).mean()
+    pooled = 11 / 12 * within + halves.mean(0).var()
+    lagged = [(centred[lag:] * centred[: 12 - lag]).sum(0).mean() / 11 for lag in range(12)]
+    rho = [(1 - (within - covariance) / pooled).item() for covariance in lagged]
+    tau, previous = -1.0, math.inf
+    for t in range(0, 12, 2):
+        pair = min(rho[t] + rho[t + 1], previous)
+        if pair <= 0:
+            break
+        tau, previous = tau + 2 * pair, pair
+    assert Chains(x).ess().item() == pytest.approx(72 / tau, rel=1e-9)
 
 
 def test_ess_is_the_variance_of_the_mean():

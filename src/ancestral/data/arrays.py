@@ -56,7 +56,7 @@ def read_npy(path: Path) -> Examples:
         DataError: if the file is damaged, or holds objects, nothing, or values that are not finite.
     """
     where = printable(str(path))
-    return _examples([Part(where, _guarded(where, lambda: np.lib.format.open_memmap(path, mode="r")))])
+    return _examples([Part(where, _guarded(where, lambda: _mapped(path)))])
 
 
 def read_npz(path: Path) -> Examples:
@@ -99,8 +99,12 @@ def read_idx_folder(folder: Path) -> Examples | None:
     Raises:
         DataError: as `read_idx` does.
     """
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError:  # said by whoever reads the folder's images
+        return None
     found: dict[tuple[str, str], Path] = {}
-    for path in sorted(folder.iterdir()):
+    for path in paths:
         match = IDX_NAME.fullmatch(path.name)
         if match and path.is_file():
             found.setdefault((match[1], match[2]), path)
@@ -135,6 +139,12 @@ def _read_idx(path: Path) -> NDArray[Any]:
         held = f"{len(body):,}" if len(body) < size else "more"
         raise ValueError(f"its header asks for {'x'.join(map(str, shape))} = {size:,} bytes and {held} follow")
     return np.frombuffer(body, dtype).reshape(shape)
+
+
+def _mapped(path: Path) -> NDArray[Any]:
+    mapped = np.lib.format.open_memmap(path, mode="r")
+    _check_memory(mapped.nbytes)
+    return mapped
 
 
 def _member(where: str, archive: zipfile.ZipFile, name: str) -> NDArray[Any]:

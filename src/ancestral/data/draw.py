@@ -115,7 +115,7 @@ def _points(facts: Facts, values: NDArray[np.float64]) -> Image.Image:
     units = torch.tensor([[0.0, 0.0], [1.0, 1.0]], dtype=torch.float64).reshape(2, *facts.shape)
     centre, edge = facts.scale.inverse(units).reshape(2, 2).numpy()
     far = float(np.quantile(np.abs(values - centre).max(axis=1), 0.99))
-    half = 1.05 * max(far, (1 if facts.levels else 3) * float((edge - centre).max()))
+    half = 1.05 * max(far, (1 if facts.levels else 2.5) * float((edge - centre).max()))
     figure = _figure(WIDTH)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.scatter(values[:, 0], values[:, 1], s=6, c=INK, alpha=0.5, linewidths=0)

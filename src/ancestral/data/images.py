@@ -7,10 +7,10 @@ import threading
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -42,7 +42,7 @@ UPRIGHT = {
 }
 
 MAX_PIXELS = 2**26  # of one image, before it is decoded: 8192 x 8192
-MAX_FILE = 2**28  # bytes of one encoded image
+MAX_MEMBER = 2**28  # bytes of one member of an archive
 MAX_MEMBERS = 2_000_000  # of one archive
 MAX_DECLARED = 2**36  # bytes that the members of one archive unpack to
 MAX_MEMORY = 2**33  # bytes that the decoded set takes
@@ -53,11 +53,19 @@ GAP = 3  # reduce in whole steps to no less than this many times the target, the
 
 @dataclass(frozen=True)
 class Item:
-    """One image file: its name below the root, with "/", how to open it, and its side of the source's own split."""
+    """One image file.
+
+    Attributes:
+        name: path below the root, with "/".
+        open: how to read its bytes.
+        held_out: its side of the source's own split, None without one.
+        size: upright width and height once measured.
+    """
 
     name: str
     open: Callable[[], BinaryIO]
     held_out: bool | None = None
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -71,16 +79,60 @@ class Bad:
         return f"{printable(self.name)}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class Reading:
+    """One reading of one source: what to do about files that cannot be read, and those met so far."""
+
+    where: str
+    on_bad: OnBad
+    progress: Progress | None
+    bad: list[Bad] = field(default_factory=list)
+
+    def reject(self, bad: Bad) -> None:
+        """Count a file that cannot be read, or refuse the source for it."""
+        if self.on_bad == "fail":
+            raise DataError(
+                f"{self.where}: cannot read {bad}: repair or remove it, "
+                "or let unreadable files be skipped (on_bad='skip')"
+            )
+        self.bad.append(bad)
+
+    def over(self, items: list[Item], work: Callable[[Item], T], stage: str) -> tuple[list[Item], list[T]]:
+        """The items on which `work` succeeds, with its results; the others are rejected."""
+        kept, results = [], []
+        told = -math.inf
+        chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders release the interpreter's lock
+        try:
+            for number, tried in enumerate(pool.map(partial(_attempt, work), chunks), 1):
+                for item, result in tried:
+                    if isinstance(result, Bad):
+                        self.reject(result)
+                    else:
+                        kept.append(item)
+                        results.append(result)
+                if self.progress and (number == len(chunks) or time.monotonic() - told >= 0.5):
+                    self.progress(stage, min(number * CHUNK, len(items)), len(items))
+                    told = time.monotonic()
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return kept, results
+
+
 def read_folder(root: Path, *, size: int | None, on_bad: OnBad, progress: Progress | None) -> Examples:
     """All images below a folder; hidden files, `__MACOSX` and what has no image suffix are passed over.
 
     Raises:
         DataError: if nothing can be read, or if something cannot and `on_bad` is "fail".
     """
-    found = list(_walk(root, "", set()))
-    items = [one for one in found if isinstance(one, Item)]
-    bad = [one for one in found if isinstance(one, Bad)]
-    return _read(printable(str(root)), items, bad, size=size, on_bad=on_bad, progress=progress)
+    reading = Reading(printable(str(root)), on_bad, progress)
+    items = []
+    for found in _walk(root, "", set()):
+        if isinstance(found, Bad):
+            reading.reject(found)
+        else:
+            items.append(found)
+    return _read(reading, items, size)
 
 
 def read_zip(path: Path, *, size: int | None, on_bad: OnBad, progress: Progress | None) -> Examples:
@@ -105,8 +157,8 @@ def read_zip(path: Path, *, size: int | None, on_bad: OnBad, progress: Progress 
         lock = threading.Lock()  # members share one file position
 
         def opened(member: zipfile.ZipInfo) -> BinaryIO:
-            if member.file_size > MAX_FILE:
-                raise ValueError(f"{member.file_size:,} bytes, at most {MAX_FILE:,} are read")
+            if member.file_size > MAX_MEMBER:
+                raise ValueError(f"{member.file_size:,} bytes, at most {MAX_MEMBER:,} are read")
             with lock:
                 return BytesIO(archive.read(member))
 
@@ -115,7 +167,7 @@ def read_zip(path: Path, *, size: int | None, on_bad: OnBad, progress: Progress 
             parts = _safe_parts(where, member)
             if not member.is_dir() and not any(map(_passed_over, parts)) and _has_image_suffix(member.filename):
                 items.append(Item("/".join(parts), partial(opened, member)))
-        return _read(where, items, [], size=size, on_bad=on_bad, progress=progress)
+        return _read(Reading(where, on_bad, progress), items, size)
 
 
 def _walk(folder: Path, prefix: str, seen: set[Path]) -> Iterator[Item | Bad]:
@@ -132,9 +184,14 @@ def _walk(folder: Path, prefix: str, seen: set[Path]) -> Iterator[Item | Bad]:
         if _passed_over(entry.name):
             continue
         name = prefix + entry.name
-        if entry.is_dir():
+        try:
+            mode = entry.stat().st_mode
+        except OSError as error:
+            yield Bad(name, _reason(error))
+            continue
+        if stat.S_ISDIR(mode):
             yield from _walk(entry, f"{name}/", seen)
-        elif entry.is_file() and _has_image_suffix(entry.name):  # regular: opening a FIFO would wait for ever
+        elif stat.S_ISREG(mode) and _has_image_suffix(entry.name):  # opening a FIFO would wait for ever
             yield Item(name, partial(_binary, entry))
 
 
@@ -161,36 +218,19 @@ def _has_image_suffix(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 (a member of an archive is not a path)
 
 
-def _read(
-    where: str, items: list[Item], bad: list[Bad], *, size: int | None, on_bad: OnBad, progress: Progress | None
-) -> Examples:
+def _read(reading: Reading, items: list[Item], size: int | None) -> Examples:
+    bad = reading.bad
     if not items and not bad:
-        raise DataError(f"{where}: holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
+        raise DataError(f"{reading.where}: holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
     items, notes = _own_split(sorted(items, key=lambda item: item.name.split("/")))
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata; the pixels are judged by themselves
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        if size is None:
-            items, sizes = _over(items, _measure, "measuring", bad, on_bad, progress)
-            width, height = _common(sizes)
-            if len(set(sizes)) > 1:
-                notes.append(f"sizes differ: centre-cropped and resized to {width}x{height}")
-        else:
-            width = height = size
-        if 3 * width * height * len(items) > MAX_MEMORY:
-            raise DataError(
-                f"{where}: {len(items):,} images of {width}x{height} take more than {MAX_MEMORY:,} bytes: "
-                "ask for a smaller size"
-            )
-        items, pixels = _over(items, partial(_decode, width=width, height=height), "decoding", bad, on_bad, progress)
-
-    if bad and on_bad == "fail":
-        raise DataError(
-            f"{where}: cannot read {bad[0]}: repair or remove it, or let unreadable files be skipped (on_bad='skip')"
-        )
+        items, pixels = _decode_all(reading, items, size)
     if not items:
-        raise DataError(f"{where}: none of its {len(bad):,} image files can be read ({bad[0]})")
+        raise DataError(f"{reading.where}: nothing in it can be read as an image ({bad[0]})")
+    if size is None and len({item.size for item in items}) > 1:
+        notes.append("sizes differ: centre-cropped and resized to {}x{}".format(*_common(items)))
     if bad:
         more = "; ..." if len(bad) > NAMED else ""
         notes.append(f"skipped {len(bad):,} unreadable ({'; '.join(map(str, bad[:NAMED]))}{more})")
@@ -204,6 +244,24 @@ def _read(
         skipped=len(bad),
         notes=tuple(notes),
     )
+
+
+def _decode_all(reading: Reading, items: list[Item], size: int | None) -> tuple[list[Item], list[NDArray[np.uint8]]]:
+    """The items that can be read, and their pixels at one size."""
+    if size is None:
+        items, sizes = reading.over(items, _measure, "measuring")
+        items = [replace(item, size=own) for item, own in zip(items, sizes, strict=True)]
+    while True:
+        width, height = (size, size) if size else _common(items)
+        if 3 * width * height * len(items) > MAX_MEMORY:
+            raise DataError(
+                f"{reading.where}: {len(items):,} images of {width}x{height} take more than {MAX_MEMORY:,} bytes: "
+                "ask for a smaller size"
+            )
+        kept, pixels = reading.over(items, partial(_decode, width=width, height=height), "decoding")
+        if size or _common(kept) == (width, height):
+            return kept, pixels
+        items = kept  # a damaged file has decided the size of the sound ones: once more without it
 
 
 def _own_split(items: list[Item]) -> tuple[list[Item], list[str]]:
@@ -221,7 +279,7 @@ def _own_split(items: list[Item]) -> tuple[list[Item], list[str]]:
         replace(item, held_out=side == held) for item, side in zip(items, sides, strict=True) if side in (held, train)
     ]
     left_out = len(items) - len(kept)
-    return kept, [f"left out {left_out:,} images outside its {train or 'other'} and {held} folders"] if left_out else []
+    return kept, [f"left out {left_out:,} images on neither side of its own split"] if left_out else []
 
 
 def _classes(items: list[Item]) -> tuple[tuple[str, ...] | None, NDArray[np.int64] | None]:
@@ -242,37 +300,6 @@ def _folders(item: Item) -> list[str]:
     return item.name.split("/")[:-1]
 
 
-def _over(
-    items: list[Item],
-    work: Callable[[Item], T],
-    stage: str,
-    bad: list[Bad],
-    on_bad: OnBad,
-    progress: Progress | None,
-) -> tuple[list[Item], list[T]]:
-    """The items on which `work` succeeds, with its results; the others join `bad`, which "fail" ends at once."""
-    kept, results = [], []
-    told = -math.inf
-    chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders release the interpreter's lock
-    try:
-        for number, tried in enumerate(pool.map(partial(_attempt, work), chunks), 1):
-            for item, result in tried:
-                if isinstance(result, Bad):
-                    bad.append(result)
-                else:
-                    kept.append(item)
-                    results.append(result)
-            if bad and on_bad == "fail":
-                break
-            if progress and (number == len(chunks) or time.monotonic() - told >= 0.5):
-                progress(stage, min(number * CHUNK, len(items)), len(items))
-                told = time.monotonic()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return kept, results
-
-
 def _attempt(work: Callable[[Item], T], items: list[Item]) -> list[tuple[Item, T | Bad]]:
     tried: list[tuple[Item, T | Bad]] = []
     for item in items:
@@ -288,15 +315,17 @@ def _attempt(work: Callable[[Item], T], items: list[Item]) -> list[tuple[Item, T
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"more than {MAX_PIXELS:,} pixels"
     words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return printable(words.partition("\n")[0][:120]) or type(error).__name__
+    return printable(words.partition("\n")[0][:120].rstrip(".")) or type(error).__name__
 
 
 @contextmanager
 def _opened(item: Item) -> Iterator[Image.Image]:
     with item.open() as file, Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read")
+            raise Image.DecompressionBombError
         yield image
 
 
@@ -306,11 +335,11 @@ def _measure(item: Item) -> tuple[int, int]:
         return (image.height, image.width) if _orientation(image) >= 5 else (image.width, image.height)
 
 
-def _common(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def _common(items: list[Item]) -> tuple[int, int]:
     """The width and height to bring all images to."""
-    if len(set(sizes)) == 1:
-        return sizes[0]
-    side = 64 if sizes and median(map(min, sizes)) >= 64 else 32
+    if len({item.size for item in items}) == 1:
+        return items[0].size
+    side = 64 if items and median(min(item.size) for item in items) >= 64 else 32
     return side, side
 
 
@@ -327,7 +356,7 @@ def _decode(item: Item, *, width: int, height: int) -> NDArray[np.uint8]:
         flat = _fit(flat, width, height)
     pixels = np.asarray(flat)
     if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
-        return pixels[..., 0]
+        return pixels[..., 0].copy()
     return pixels
 
 

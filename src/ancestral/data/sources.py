@@ -60,8 +60,9 @@ def load(
     elif isinstance(source, str) and source in toys.TOYS:
         name, where, examples = source, source, _toy(source, seed)
     else:
-        path = Path(source).absolute()
-        name, where, examples = printable(path.name), str(path), _read(path, str(source), size, on_bad, progress)
+        path = Path(source)
+        examples = _read(path, size, on_bad, progress)
+        name, where = _title(path), str(path.absolute())
 
     if size is not None and examples.x.shape[2:] != (size, size):
         raise OptionError(
@@ -71,17 +72,21 @@ def load(
     return divide(examples, name=name, source=where)
 
 
-def _read(path: Path, given: str, size: int | None, on_bad: OnBad, progress: Progress | None) -> Examples:
-    where = printable(given)
+def _title(path: Path) -> str:
+    """What to call the data at this path: the name without what says how it is packed."""
+    named = path.resolve() if path.name in ("", "..") else path
+    return printable(named.name if path.is_dir() else Path(named.name.removesuffix(".gz")).stem) or "data"
+
+
+def _read(path: Path, size: int | None, on_bad: OnBad, progress: Progress | None) -> Examples:
+    where = printable(str(path))
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
-        if "/" in given or path.suffix:
+        if len(path.parts) > 1 or path.suffix:
             raise DataError(f"{where}: no such file or folder") from None
-        names = ["digits", *toys.TOYS]
-        raise DataError(
-            f"no file or folder is called {where!r}, and {unknown('built-in data', where, names)}"
-        ) from None
+        names = unknown("data", where, ["digits", *toys.TOYS])
+        raise DataError(f"{names}, and no file or folder has that name") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{where}: cannot be opened ({error})") from None
 

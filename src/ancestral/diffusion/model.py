@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ancestral.data import Facts
-from ancestral.diffusion import likelihood, sample
+from ancestral.diffusion import likelihood
+from ancestral.diffusion import sample as samplers
 from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, NetworkDenoiser
 from ancestral.diffusion.process import LOG_SNR_MIN, Process
 from ancestral.errors import OptionError, unknown
@@ -75,7 +76,7 @@ class Diffusion(nn.Module):
             raise OptionError(f"a chain needs at least 2 steps to be trained, received {chain}")
         self.facts, self.process, self.variance, self.chain = facts, process, variance, chain
         self.network = NetworkDenoiser(net, process, predicts)
-        times = sample.uniform(chain).flip(0)
+        times = samplers.uniform(chain).flip(0)
         probability, self._weight = WEIGHTINGS[weighting](self.network, times)
         self._times, self._cumulative = times, (probability / probability.sum()).cumsum(0)
 
@@ -112,7 +113,7 @@ class Diffusion(nn.Module):
         n: int,
         *,
         steps: int | Tensor = 50,
-        sampler: sample.Sampler = sample.ancestral,
+        sampler: samplers.Sampler = samplers.ancestral,
         rng: Seeds = 0,
         **options: Any,
     ) -> Tensor:
@@ -126,13 +127,13 @@ class Diffusion(nn.Module):
         n: int,
         *,
         steps: int | Tensor = 50,
-        sampler: sample.Sampler = sample.ancestral,
+        sampler: samplers.Sampler = samplers.ancestral,
         rng: Seeds = 0,
         **options: Any,
-    ) -> Iterator[sample.Point]:
+    ) -> Iterator[samplers.Point]:
         """Every point of the walk from noise to data, in the model's units."""
         each = streams(rng, n)
-        times = sample.grid(self.process, steps)
+        times = samplers.grid(self.process, steps)
         noise = randn((n, *self.facts.shape), each) * float(self.process.prior_var(times[0])) ** 0.5
         return sampler.path(self.denoiser, noise, times, rng=each, **options)
 
@@ -160,12 +161,12 @@ class Diffusion(nn.Module):
 
     def encode(self, x: Tensor, *, steps: int = 100) -> Tensor:
         """The latent of each example: the probability-flow ODE followed from t = 1/steps to 1, in the model's units."""
-        times = sample.uniform(steps).flip(0).tolist()
-        start = sample.Point(times[0], self.process(times[0])[0].float() * self.facts.scale.forward(x))
-        for point in sample.walk(sample.heun_step, self.denoiser, start, times):
+        times = samplers.uniform(steps).flip(0).tolist()
+        start = samplers.Point(times[0], self.process(times[0])[0].float() * self.facts.scale.forward(x))
+        for point in samplers.walk(samplers.heun_step, self.denoiser, start, times):
             z = point.x
         return z
 
     def decode(self, z: Tensor, *, steps: int = 100) -> Tensor:
         """The example of each latent, in the data's units: the inverse of `encode` up to the solver's error."""
-        return self.facts.to_raw(sample.heun(self.denoiser, z, sample.uniform(steps)))
+        return self.facts.to_raw(samplers.heun(self.denoiser, z, samplers.uniform(steps)))

@@ -3,7 +3,6 @@
 Shapes: B batch, C channels, H height, W width.
 """
 
-from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
@@ -11,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ancestral.errors import unknown
-from ancestral.nets.blocks import Attention, NoiseEmbedding, ResidualBlock, channel_norm, zeroed
+from ancestral.nets.blocks import (
+    Attention,
+    LevelPhases,
+    NoiseEmbedding,
+    ResidualBlock,
+    ResidualStack,
+    channel_norm,
+    zeroed,
+)
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -33,6 +40,8 @@ class UNet(nn.Module):
         width: channels of the first level.
         multipliers: width of each level, in units of `width`; every level after the first halves the side.
         blocks: residual blocks per level, each way.
+        levels: of the data, whose phases are added to the input; None for real-valued data.
+        octaves: how many, see `LevelPhases`.
         attention: whether the lowest level attends over its pixels.
         precision: "float32", "bfloat16" (weights stay float32), or "auto": bfloat16 where the CPU has it.
 
@@ -50,52 +59,47 @@ class UNet(nn.Module):
         width: int = 64,
         multipliers: tuple[int, ...] = (1, 2, 2),
         blocks: int = 2,
+        levels: int | None = None,
+        octaves: int = 3,
         attention: bool = True,
         precision: str = "auto",
     ) -> None:
         super().__init__()
         if precision not in PRECISIONS:
             raise unknown("precision", precision, PRECISIONS)
-        self.bfloat16 = precision == "bfloat16" or (precision == "auto" and has_bfloat16())
+        self.lowered = precision == "bfloat16" or (precision == "auto" and has_bfloat16())
         features, widths = 4 * width, [width * m for m in multipliers]
         self.embedding = NoiseEmbedding(features)
-        self.enter = nn.Conv2d(channels, width, 3, padding=1)
-        self.down, self.shrink = nn.ModuleList(), nn.ModuleList()
-        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
-        above = width
-        for level, here in enumerate(widths):
-            self.shrink.append(nn.Conv2d(above, here, 3, stride=2, padding=1) if level else nn.Identity())
-            self.down.append(nn.ModuleList(ResidualBlock(here, here, features) for _ in range(blocks)))
-            self.up.append(
-                nn.ModuleList(ResidualBlock(2 * here if i == 0 else here, here, features) for i in range(blocks))
-            )
-            self.grow.append(nn.Conv2d(here, above, 3, padding=1) if level else nn.Identity())
-            above = here
-        self.attend = Attention(above, heads=max(1, above // 64)) if attention else nn.Identity()
-        self.middle = ResidualBlock(above, above, features)
+        self.phases = LevelPhases(levels, octaves) if levels else None
+        self.enter = nn.Conv2d(channels * (1 + 2 * octaves if levels else 1), width, 3, padding=1)
+        self.shrink, self.down, self.up, self.grow = (nn.ModuleList() for _ in range(4))
+        for level, (above, here) in enumerate(zip([width, *widths[:-1]], widths, strict=True)):
+            first = level == 0 and above == here  # nothing to change on the way in
+            self.shrink.append(nn.Identity() if first else nn.Conv2d(above, here, 3, stride=1 + (level > 0), padding=1))
+            self.down.append(ResidualStack(here, here, features, blocks))
+            self.up.append(ResidualStack(2 * here, here, features, blocks))
+            self.grow.append(nn.Identity() if first else nn.Conv2d(here, above, 3, padding=1))
+        self.attend = Attention(widths[-1], heads=max(1, widths[-1] // 64)) if attention else nn.Identity()
+        self.middle = ResidualBlock(widths[-1], widths[-1], features)
         self.leave = zeroed(nn.Conv2d(width, channels, 3, padding=1))
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x_BCHW: Tensor, log_snr: Tensor) -> Tensor:
         """(B, C, H, W), (B,) -> (B, C, H, W), float32."""
-        with self._precision():
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.lowered):
             embedding = self.embedding(log_snr)
+            if self.phases:
+                x_BCHW = self.phases(x_BCHW, log_snr)
             h = self.enter(x_BCHW.contiguous(memory_format=torch.channels_last))
-            levels = []
-            for shrink, blocks in zip(self.shrink, self.down, strict=True):
-                h = shrink(h)
-                for block in blocks:
-                    h = block(h, embedding)
-                levels.append(h)
+            across = []
+            for shrink, down in zip(self.shrink, self.down, strict=True):
+                h = down(shrink(h), embedding)
+                across.append(h)
             h = self.middle(self.attend(h), embedding)
-            for level in reversed(range(len(levels))):
-                h = torch.cat([h, levels[level]], 1)
-                for block in self.up[level]:
-                    h = block(h, embedding)
+            for level in reversed(range(len(across))):
+                h = self.up[level](torch.cat([h, across[level]], 1), embedding)
                 if level:
-                    h = F.interpolate(h, size=levels[level - 1].shape[2:], mode="nearest")
+                    h = F.interpolate(h, size=across[level - 1].shape[2:], mode="nearest")
                 h = self.grow[level](h)
-            return self.leave(F.silu(channel_norm(h))).float()
-
-    def _precision(self) -> AbstractContextManager[None]:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16)
+            out = self.leave(F.silu(channel_norm(h)))
+        return out.float()

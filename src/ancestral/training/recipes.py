@@ -1,0 +1,194 @@
+"""Recipes: functions from the facts of a data set to a complete, named set-up, and from a set-up to a model.
+
+A set-up is the record of every constructor's keywords. It is written into each checkpoint as JSON, so a run needs no
+flags to be loaded again.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ancestral.data import Facts
+from ancestral.diffusion import process as processes
+from ancestral.diffusion.model import Diffusion
+from ancestral.errors import OptionError, unknown
+from ancestral.nets import MLP, UNet
+
+
+class Section(BaseModel):
+    """A frozen part of a set-up; a keyword it does not have is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ProcessSection(Section):
+    """Which forward process: a schedule by name, or a table of betas in its place."""
+
+    schedule: str = "cosine"
+    betas: tuple[float, ...] | None = None
+
+
+class DiffusionSection(Section):
+    """Keywords of `Diffusion`."""
+
+    predicts: str = "v"
+    weighting: str = "bound"
+    variance: str = "fixed-small"
+    chain: int = Field(1000, ge=2)
+
+
+class UNetSection(Section):
+    """Keywords of `UNet`; its channels and levels come from the data."""
+
+    width: int = Field(64, ge=1)
+    multipliers: tuple[int, ...] = (1, 2, 2)
+    blocks: int = Field(2, ge=1)
+    octaves: int = Field(3, ge=0)
+    attention: bool = True
+    precision: str = "auto"
+
+
+class MLPSection(Section):
+    """Keywords of `MLP`; its shape comes from the data."""
+
+    width: int = Field(256, ge=1)
+    depth: int = Field(4, ge=1)
+
+
+class TrainingSection(Section):
+    """How long and how to train.
+
+    Either `steps`, or `minutes`, which is turned into steps once, before the first one, by measuring the pace.
+    """
+
+    steps: int | None = Field(None, ge=1)
+    minutes: float | None = Field(None, gt=0)
+    batch: int = Field(128, ge=1)
+    rate: float = Field(2e-3, gt=0)
+    warmup: int = Field(100, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0)
+    ema: float = Field(0.05, gt=0, lt=0.3, description="length of the average of the weights, relative to the run")
+    checkpoints: int = Field(4, ge=1, description="checkpoints and sample grids written along the way")
+
+
+class Setup(Section):
+    """A complete, named set-up."""
+
+    recipe: str
+    process: ProcessSection = ProcessSection()
+    diffusion: DiffusionSection = DiffusionSection()
+    unet: UNetSection | None = None
+    mlp: MLPSection | None = None
+    training: TrainingSection = TrainingSection()
+
+
+def digits(facts: Facts) -> Setup:
+    """Small images, such as the 8x8 digits: good samples and bits in two minutes on two cores."""
+    return Setup(
+        recipe="digits",
+        unet=UNetSection(width=48, multipliers=(1, 2)),
+        training=TrainingSection(minutes=2.0, batch=128),
+    )
+
+
+def images(facts: Facts) -> Setup:
+    """Images of any channel count and side; the resolution is halved until it is about 8."""
+    side = max(facts.shape[1:])
+    levels = 1 + sum(side > limit for limit in (10, 20, 40, 80))
+    return Setup(
+        recipe="images",
+        unet=UNetSection(width=32 if side <= 40 else 24, multipliers=(1, 2, 2, 4, 4)[: max(2, levels)]),
+        training=TrainingSection(minutes=10.0, batch=64),
+    )
+
+
+def vectors(facts: Facts) -> Setup:
+    """Vectors and tables of real values."""
+    return Setup(
+        recipe="vectors",
+        diffusion=DiffusionSection(variance="beta"),
+        mlp=MLPSection(),
+        training=TrainingSection(minutes=1.0, batch=512, rate=1e-3),
+    )
+
+
+RECIPES: dict[str, Callable[[Facts], Setup]] = {"digits": digits, "images": images, "vectors": vectors}
+
+
+def choose(facts: Facts, name: str | None = None) -> Setup:
+    """The recipe of that name, or the one for data of this shape.
+
+    Raises:
+        OptionError: if there is no recipe of that name.
+    """
+    if name is None:
+        picture = len(facts.shape) == 3 and min(facts.shape[1:]) >= 4
+        name = "vectors" if not picture else "digits" if max(facts.shape[1:]) <= 10 else "images"
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return RECIPES[name](facts)
+
+
+def change(setup: Setup, changes: Sequence[str]) -> Setup:
+    """The set-up with `section.key=value` changes applied; values are JSON, or plain words.
+
+    Raises:
+        OptionError: if a change has no value, names no setting (the close match is told), or is outside its range.
+
+    Example:
+        >>> change(Setup(recipe="x", mlp=MLPSection()), ["mlp.width=64", "process.schedule=linear"]).mlp
+        MLPSection(width=64, depth=4)
+    """
+    record = setup.model_dump()
+    allowed = [f"{section}.{key}" for section, keys in record.items() if isinstance(keys, dict) for key in keys]
+    for text in changes:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise OptionError(f"a change is written section.key=value, received {text!r}")
+        if name not in allowed:
+            raise unknown("setting", name, allowed)
+        section, _, key = name.partition(".")
+        record[section][key] = _parse(value)
+    return read(record)
+
+
+def read(record: Mapping[str, Any]) -> Setup:
+    """A set-up from its JSON record.
+
+    Raises:
+        OptionError: naming the first setting that is unknown or outside its range.
+    """
+    try:
+        return Setup.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise OptionError(f"{name} = {first['input']!r}: {first['msg'].lower()}") from None
+
+
+def build(setup: Setup, facts: Facts, seed: int = 0) -> Diffusion:
+    """The model of a set-up for data of these facts, initialised from the seed.
+
+    Raises:
+        OptionError: if a name is unknown, or a combination is undefined.
+    """
+    process = setup.process
+    forward = processes.from_betas(process.betas) if process.betas else processes.named(process.schedule)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if setup.unet:
+            net: torch.nn.Module = UNet(facts.shape[0], levels=facts.levels, **setup.unet.model_dump())
+        else:
+            net = MLP(facts.shape, **(setup.mlp or MLPSection()).model_dump())
+    return Diffusion(net, forward, facts, **setup.diffusion.model_dump())
+
+
+def _parse(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
