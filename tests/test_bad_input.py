@@ -146,9 +146,16 @@ class TestImages:
         assert str(tmp_path) in sentence
 
     @pytest.mark.parametrize("size", [None, 8])
-    def test_a_bomb_is_refused_by_its_header(self, tmp_path, size):
-        bomb(good(tmp_path) / "bad.png")
-        assert "13000x13000 pixels, at most 67,108,864 are read" in load(tmp_path, size=size).description
+    @pytest.mark.parametrize("side", [8193, 10_000, 13_000, 60_000])
+    def test_a_bomb_is_refused_by_its_header(self, tmp_path, side, size):
+        png_of(good(tmp_path) / "bad.png", side, side)
+        assert "bad.png: more than 67,108,864 pixels" in load(tmp_path, size=size).description
+
+    def test_a_damaged_one_does_not_change_the_size_of_the_sound(self, tmp_path):
+        truncated_png(good(tmp_path) / "bad.png")
+        data = load(tmp_path)
+        assert data.facts.shape == (3, 12, 12)
+        assert "resized" not in data.description
 
     def test_many_bad_ones_are_counted_and_the_first_are_named(self, tmp_path):
         good(tmp_path)

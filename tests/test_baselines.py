@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from scipy.stats import norm
+from scipy.stats import logistic, norm
 from torch.distributions import MultivariateNormal
 
 from ancestral.data import load
@@ -132,6 +132,23 @@ def test_the_bins_of_real_values_become_as_fine_as_the_data_asks():
     assert nats == pytest.approx(named("grid-25").entropy(), abs=0.05)
 
 
+def test_a_real_feature_is_predicted_as_one_value_after_another():
+    """p(x | train) = sum_K P(train, x | K) / sum_K P(train | K), each P a product of (n + 1/2) / (N + K/2) in turn."""
+    train, held_out = np.float32([-1.0, 1.0, 1.25, 0.9]), np.float32([-3.0, 0.0, 1.1, 1.25])
+    law = logistic(train.mean(), train.std() * 3**0.5 / math.pi)
+
+    def joint(values):
+        total = 0.0
+        for K in 2.0 ** np.arange(11):
+            bins = np.floor(law.cdf(values) * K)
+            total += math.prod((np.sum(bins[:i] == b) + 0.5) / (i + K / 2) * K for i, b in enumerate(bins))
+        return total
+
+    expected = [joint(np.append(train, x)) / joint(train) * law.pdf(x) for x in held_out]
+    nats = score(independent_pixels, data_of(train[:, None], held_out[:, None]))
+    assert (-nats).exp().tolist() == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "train",
     [
@@ -172,7 +189,10 @@ def test_a_constant_feature_adds_the_same_number_to_every_example(baseline):
 @each_baseline
 @pytest.mark.parametrize("shape", [(6,), (1, 2, 3)])
 def test_ten_times_smaller_units_cost_ln_10_per_number(baseline, shape):
+    """Pixels share their unit, so that those that never change follow it too."""
     x = ramp(6)(1_200, 0).reshape(-1, *shape)
+    if len(shape) == 3:
+        x[:, 0, 0, 0] = 0.5
     once, tenfold = (score(baseline, data_of(unit * x[:1_000], unit * x[1_000:])) for unit in (1, 10))
     torch.testing.assert_close(tenfold - once, torch.full_like(once, 6 * math.log(10)), rtol=0, atol=1e-4)
 

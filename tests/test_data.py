@@ -347,6 +347,12 @@ class TestImages:
         assert data.facts.shape == (1, 2, 3)
         assert np.array_equal(data.held_out[0, 0].numpy(), GREY)
 
+    def test_a_fresh_process_reads_kinds_that_pillow_loads_late(self, tmp_path):
+        for seed in range(3):
+            Image.fromarray(picture(seed, channels=1)).save(tmp_path / f"{seed}.{['gif', 'bmp', 'tiff'][seed]}")
+        code = f"from ancestral.data import load; load({str(tmp_path)!r}, on_bad='fail')"
+        subprocess.run([sys.executable, "-c", code], check=True)
+
     def test_an_animation_gives_its_first_frame(self, tmp_path):
         for seed in range(2):
             save(tmp_path / "train" / f"{seed}.png", picture(seed, 2, 3, channels=1))

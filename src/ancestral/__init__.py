@@ -1,3 +1,61 @@
-"""Train, sample and measure generative models."""
+"""Train, sample and measure generative models.
+
+A process adds noise, a denoiser guesses what was there, a sampler walks back.
+
+    import ancestral as ac
+
+    run = ac.train("digits", minutes=2)
+    model = ac.load(run.path)
+    images = model.sample(64, rng=0)
+    measured = ac.evaluate(model, run.data)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ancestral import data, diffusion, errors, gaussian, langevin, measure, nets, protocol, rng, toys, training
+    from ancestral.diffusion.model import Diffusion
+    from ancestral.measure.evaluate import evaluate
+    from ancestral.training.checkpoint import load
+    from ancestral.training.run import train
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "Diffusion": "ancestral.diffusion.model",
+    "evaluate": "ancestral.measure.evaluate",
+    "load": "ancestral.training.checkpoint",
+    "train": "ancestral.training.run",
+}
+
+__all__ = [
+    "Diffusion",
+    "data",
+    "diffusion",
+    "errors",
+    "evaluate",
+    "gaussian",
+    "langevin",
+    "load",
+    "measure",
+    "nets",
+    "protocol",
+    "rng",
+    "toys",
+    "train",
+    "training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in __all__:
+        return import_module(f"ancestral.{name}")
+    raise AttributeError(f"module 'ancestral' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The part that talks to people."""

@@ -187,7 +187,7 @@ def _guarded(where: str, read: Callable[[], T]) -> T:
     except Exception as error:  # a damaged or hostile file can raise nearly anything
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(
-            f"{where}: cannot be read as an array of numbers ({printable(reason)}): save it again"
+            f"{where}: cannot be read as an array of numbers ({printable(reason)}): save plain numbers again"
         ) from None
 
 

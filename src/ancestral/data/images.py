@@ -9,7 +9,6 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO
@@ -19,36 +18,25 @@ from typing import BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from ancestral.data.dataset import Examples, OnBad, Progress, printable
+from ancestral.data.pixels import MAX_PIXELS, decode, measure, stack
 from ancestral.errors import DataError
 
 T = TypeVar("T")
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
 )
 SIDES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
-MAX_PIXELS = 2**26  # of one image, before it is decoded: 8192 x 8192
 MAX_MEMBER = 2**28  # bytes of one member of an archive
 MAX_MEMBERS = 2_000_000  # of one archive
 MAX_DECLARED = 2**36  # bytes that the members of one archive unpack to
 MAX_MEMORY = 2**33  # bytes that the decoded set takes
 CHUNK = 8  # files that a thread takes at a time
 NAMED = 3  # unreadable files that a description names
-GAP = 3  # reduce in whole steps to no less than this many times the target, then Lanczos
 
 
 @dataclass(frozen=True)
@@ -97,7 +85,7 @@ class Reading:
             )
         self.bad.append(bad)
 
-    def over(self, items: list[Item], work: Callable[[Item], T], stage: str) -> tuple[list[Item], list[T]]:
+    def over(self, items: list[Item], work: Callable[[BinaryIO], T], stage: str) -> tuple[list[Item], list[T]]:
         """The items on which `work` succeeds, with its results; the others are rejected."""
         kept, results = [], []
         told = -math.inf
@@ -236,7 +224,7 @@ def _read(reading: Reading, items: list[Item], size: int | None) -> Examples:
         notes.append(f"skipped {len(bad):,} unreadable ({'; '.join(map(str, bad[:NAMED]))}{more})")
     classes, labels = _classes(items)
     return Examples(
-        x=_stack(pixels),
+        x=stack(pixels),
         levels=256,
         labels=labels,
         classes=classes,
@@ -249,7 +237,7 @@ def _read(reading: Reading, items: list[Item], size: int | None) -> Examples:
 def _decode_all(reading: Reading, items: list[Item], size: int | None) -> tuple[list[Item], list[NDArray[np.uint8]]]:
     """The items that can be read, and their pixels at one size."""
     if size is None:
-        items, sizes = reading.over(items, _measure, "measuring")
+        items, sizes = reading.over(items, measure, "measuring")
         items = [replace(item, size=own) for item, own in zip(items, sizes, strict=True)]
     while True:
         width, height = (size, size) if size else _common(items)
@@ -258,7 +246,7 @@ def _decode_all(reading: Reading, items: list[Item], size: int | None) -> tuple[
                 f"{reading.where}: {len(items):,} images of {width}x{height} take more than {MAX_MEMORY:,} bytes: "
                 "ask for a smaller size"
             )
-        kept, pixels = reading.over(items, partial(_decode, width=width, height=height), "decoding")
+        kept, pixels = reading.over(items, partial(decode, width=width, height=height), "decoding")
         if size or _common(kept) == (width, height):
             return kept, pixels
         items = kept  # a damaged file has decided the size of the sound ones: once more without it
@@ -300,11 +288,12 @@ def _folders(item: Item) -> list[str]:
     return item.name.split("/")[:-1]
 
 
-def _attempt(work: Callable[[Item], T], items: list[Item]) -> list[tuple[Item, T | Bad]]:
+def _attempt(work: Callable[[BinaryIO], T], items: list[Item]) -> list[tuple[Item, T | Bad]]:
     tried: list[tuple[Item, T | Bad]] = []
     for item in items:
         try:
-            tried.append((item, work(item)))
+            with item.open() as file:
+                tried.append((item, work(file)))
         except MemoryError:
             raise
         except Exception as error:  # a damaged or hostile file can raise nearly anything
@@ -321,84 +310,9 @@ def _reason(error: Exception) -> str:
     return printable(words.partition("\n")[0][:120].rstrip(".")) or type(error).__name__
 
 
-@contextmanager
-def _opened(item: Item) -> Iterator[Image.Image]:
-    with item.open() as file, Image.open(file, formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise Image.DecompressionBombError
-        yield image
-
-
-def _measure(item: Item) -> tuple[int, int]:
-    """Width and height of the upright image, from the header alone."""
-    with _opened(item) as image:
-        return (image.height, image.width) if _orientation(image) >= 5 else (image.width, image.height)
-
-
 def _common(items: list[Item]) -> tuple[int, int]:
     """The width and height to bring all images to."""
     if len({item.size for item in items}) == 1:
         return items[0].size
     side = 64 if items and median(min(item.size) for item in items) >= 64 else 32
     return side, side
-
-
-def _decode(item: Item, *, width: int, height: int) -> NDArray[np.uint8]:
-    """The first frame, upright and opaque, cropped and resized: (H, W) where it is grey, (H, W, 3) otherwise."""
-    with _opened(item) as image:
-        shrink = min(image.width / width, image.height / height)
-        # Lets a JPEG leave out detail that the resize would throw away.
-        image.draft(None, (round(GAP * image.width / shrink), round(GAP * image.height / shrink)))
-        image.load()
-        turn = UPRIGHT.get(_orientation(image))
-        flat = _eight_bit(image if turn is None else image.transpose(turn))
-    if flat.size != (width, height):
-        flat = _fit(flat, width, height)
-    pixels = np.asarray(flat)
-    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
-        return pixels[..., 0].copy()
-    return pixels
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8, that is still to be undone."""
-    if image.format == "TIFF" or "exif" not in image.info:  # Pillow turns a TIFF itself
-        return 1
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # a damaged EXIF block says nothing about the pixels
-        return 1
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """The image as 8-bit grey or RGB: 16-bit grey divided by 257 and rounded, transparency over white."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels: give such images as an .npy array")
-    if image.mode.startswith("I"):
-        wide = np.asarray(image).astype(np.int64)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise ValueError("32-bit pixels: give such images as an .npy array")
-        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, "white")
-        opaque.alpha_composite(image.convert("RGBA"))
-        return opaque.convert("RGB")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
-
-
-def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centred part of the target's proportions, resized to it."""
-    shrink = min(image.width / width, image.height / height)
-    across, down = round(width * shrink), round(height * shrink)
-    left, top = (image.width - across) // 2, (image.height - down) // 2
-    part = image.crop((left, top, left + across, top + down))
-    return part.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=GAP)
-
-
-def _stack(pixels: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """One array (N, C, H, W): C = 1 where every image is grey, 3 otherwise."""
-    channels = 3 if any(image.ndim == 3 for image in pixels) else 1
-    x = np.empty((len(pixels), channels, *pixels[0].shape[:2]), dtype=np.uint8)
-    for row, image in zip(x, pixels, strict=True):
-        row[:] = image.transpose(2, 0, 1) if image.ndim == 3 else image
-    return x

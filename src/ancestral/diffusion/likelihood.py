@@ -203,7 +203,7 @@ def continuous_bound(
     draws: int = 1,
     levels: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The bound in the limit of infinitely many steps between t_min and 1: (prior, diffusion, decoder), each (B,), nats.
+    """The bound in the limit of infinitely many steps from t_min to 1: (prior, diffusion, decoder), each (B,), nats.
 
     L_inf = L_T + 1/2 E_{t, eps}[ (-d log_snr / dt) ||eps - eps_hat||^2 ] + L_0,   t ~ U(t_min, 1), stratified in draws
 

@@ -1,4 +1,4 @@
-"""The diffusion family: a network, a process and the facts of a data set, trained, sampled and measured in its units."""
+"""The diffusion family: a network, a process and the facts of a data set, trained, sampled and measured."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -36,7 +36,7 @@ def bound(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
 
 
 WEIGHTINGS = {"simple": simple, "bound": bound}
-"""(denoiser, times of the chain) -> (probability of training on each step, weight of the squared error of x_0 there)."""
+"""(denoiser, times of the chain) -> (probability of training on each, weight of the squared error of x_0 there)."""
 
 
 class Diffusion(nn.Module):
@@ -129,10 +129,11 @@ class Diffusion(nn.Module):
         steps: int | Tensor = 50,
         sampler: samplers.Sampler = samplers.ancestral,
         rng: Seeds = 0,
+        start: int = 0,
         **options: Any,
     ) -> Iterator[samplers.Point]:
-        """Every point of the walk from noise to data, in the model's units."""
-        each = streams(rng, n)
+        """Every point of the walk from noise to data, in the model's units, for examples start, ..., start + n - 1."""
+        each = streams(rng, n, start=start)
         times = samplers.grid(self.process, steps)
         noise = randn((n, *self.facts.shape), each) * float(self.process.prior_var(times[0])) ** 0.5
         return sampler.path(self.denoiser, noise, times, rng=each, **options)

@@ -36,8 +36,8 @@ def independent_pixels(data: Data, held_out: Tensor) -> Tensor:
 
         p_d(x) = sum_K P(K | train) K (n_k(x) + 1/2) / (N + K/2) g(x),   K = 1, 2, 4, ..., 1024
 
-    References: Krichevsky and Trofimov (1981), for the half added to each count; Knuth (2019, arXiv 2006), "Optimal
-    data-based binning for histograms", for P(K | train).
+    References: Krichevsky and Trofimov (1981), for the half added to each count; Knuth (2019), "Optimal data-based
+    binning for histograms", for P(K | train).
 
     Args:
         data: what to fit, its training side only.
@@ -178,7 +178,7 @@ def _check(data: Data, held_out: Tensor) -> None:
     facts = data.facts
     if tuple(held_out.shape[1:]) != facts.shape:
         raise OptionError(
-            f"received examples of shape {tuple(held_out.shape[1:])}: those of {facts.name} are {facts.shape}"
+            f"received examples of shape {tuple(held_out.shape[1:])}: {facts.name} needs shape {facts.shape}"
         )
     if facts.levels is None or not held_out.numel():
         return

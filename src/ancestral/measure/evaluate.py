@@ -151,7 +151,7 @@ class Measured:
         )
 
 
-def measure(
+def evaluate(
     model: Diffusion,
     data: Data,
     *,
@@ -178,8 +178,8 @@ def measure(
     facts = model.facts
     if (data.facts.shape, data.facts.levels) != (facts.shape, facts.levels):
         raise DataError(
-            f"{data.facts.name}: examples of shape {data.facts.shape} with {data.facts.levels} levels, but the model was "
-            f"trained on shape {facts.shape} with {facts.levels}; name data like {facts.name}"
+            f"{data.facts.name}: examples of shape {data.facts.shape} with {data.facts.levels} levels, but the model "
+            f"was trained on shape {facts.shape} with {facts.levels}; name data like {facts.name}"
         )
     order = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(0))
     held_out = data.held_out[order[:n].sort().values]

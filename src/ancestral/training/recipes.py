@@ -90,7 +90,7 @@ def digits(facts: Facts) -> Setup:
     """Small images, such as the 8x8 digits: good samples and bits in two minutes on two cores."""
     return Setup(
         recipe="digits",
-        unet=UNetSection(width=48, multipliers=(1, 2)),
+        unet=UNetSection(width=32, multipliers=(1, 2), blocks=1),
         training=TrainingSection(minutes=2.0, batch=128),
     )
 

@@ -27,7 +27,8 @@ from ancestral.data import Data, draw
 from ancestral.data.dataset import OnBad, Progress
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError, RunError
-from ancestral.training import checkpoint, recipes, train
+from ancestral.training import checkpoint, recipes
+from ancestral.training import train as loop
 from ancestral.training.recipes import Setup
 from ancestral.training.train import Average, Record
 
@@ -65,7 +66,7 @@ class Run:
 
         A run that is interrupted or diverges leaves its last checkpoint and says so in run.json.
         """
-        (self.path / "samples").mkdir(parents=True)
+        (self.path / "samples").mkdir(parents=True, exist_ok=True)
         (self.path / "checkpoints").mkdir()
         checkpoint.write_json(self.path / "config.json", self.setup.model_dump(mode="json"))
         self._status("training")
@@ -79,9 +80,7 @@ class Run:
         step, began = 0, time.time()
         try:
             with (self.path / "metrics.jsonl").open("x", buffering=1) as metrics:
-                for record in train.steps(
-                    self.model, self.data, section, self.total, seed=self.seed, averages=averages
-                ):
+                for record in loop.steps(self.model, self.data, section, self.total, seed=self.seed, averages=averages):
                     step = record.step
                     if step % every == 0 or step in (1, self.total):
                         metrics.write(json.dumps(_metrics(record, section.batch)) + "\n")
@@ -104,6 +103,12 @@ class Run:
             if stopped and step and not (self.path / "checkpoints" / f"step-{step:07d}").exists():
                 self._checkpoint(averages["denoiser"], step)
             raise
+
+    def log(self, line: str) -> None:
+        """Add a line to log.txt."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / "log.txt").open("a") as file:
+            file.write(line + "\n")
 
     def _averaged(self, average: Average) -> Diffusion:
         """The model with the averaged weights in the network's place."""
@@ -132,8 +137,8 @@ class Run:
             f"Trained for {step:,} steps of {self.setup.training.batch} examples in {seconds / 60:.1f} minutes "
             f"({parameters:,} parameters, recipe `{self.setup.recipe}`, seed {self.seed}) by\n\n"
             f"    {' '.join(self.record['argv'])}\n\n"
-            "Load it with `ancestral.load`, measure it with `ancestral evaluate`. Its likelihood is a bound, and only for "
-            f"data like {facts.name}: examples of shape {facts.shape}"
+            "Load it with `ancestral.load`, measure it with `ancestral evaluate`. Its likelihood is a bound, and only "
+            f"for data like {facts.name}: examples of shape {facts.shape}"
             + (f" on {facts.levels} levels.\n" if facts.levels else " of real values.\n")
         )
 
@@ -192,10 +197,18 @@ def prepare(
     }
     if setup.training.steps is None:
         wanted = (setup.training.minutes or 1.0) * 60
-        seconds = train.pace(model, data, setup.training, seed=seed)
+        seconds = loop.pace(model, data, setup.training, seed=seed, seconds=max(4.0, 0.03 * wanted))
         setup = recipes.change(setup, [f"training.steps={max(1, round(wanted / seconds))}"])
         record["seconds_per_step"] = round(seconds, 6)
     return Run(path, data, setup, model, seed, record)
+
+
+def train(source: str | Path, **options: Any) -> Run:
+    """Train a model to the end and return its finished run; the options are those of `prepare`."""
+    run = prepare(source, **options)
+    for _ in run.steps():
+        pass
+    return run
 
 
 def _fresh(to: str | Path | None, name: str) -> Path:

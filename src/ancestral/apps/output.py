@@ -1,0 +1,108 @@
+"""What the verbs leave behind: sample files that carry their recipe, and the lines of an evaluation."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ancestral.data import Facts, draw
+from ancestral.diffusion.model import Diffusion
+from ancestral.diffusion.sample import Sampler
+from ancestral.errors import RunError
+from ancestral.measure.evaluate import Evaluation
+
+BATCH = 256
+FRAMES = 40
+SHOWN = 256
+"""Samples per batch, frames of an animation, and samples shown in a picture at most."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples in the data's units, and a few frames of how the first ones came about."""
+
+    x: Tensor
+    frames: list[Tensor]
+    evaluations: int
+    seconds: float
+
+
+def draw_samples(
+    model: Diffusion,
+    n: int,
+    *,
+    steps: int,
+    sampler: Sampler,
+    seed: int,
+    keep_path: bool,
+    progress: Callable[[str, int, int], None],
+) -> Samples:
+    """n samples in batches; sample i has its own stream (seed, i), whatever the batch."""
+    began, parts, frames = time.perf_counter(), [], []
+    for start in range(0, n, BATCH):
+        size = min(BATCH, n - start)
+        for i, point in enumerate(model.sample_path(size, steps=steps, sampler=sampler, rng=seed, start=start)):
+            if keep_path and start == 0 and (i * FRAMES // steps > (i - 1) * FRAMES // steps or i == steps):
+                frames.append(model.facts.to_raw(point.x))
+            progress("sampling", start * steps + size * i, n * steps)
+        parts.append(model.facts.to_raw(point.x))
+    x = torch.cat(parts)
+    return Samples(x, frames, n * sampler.evaluations * steps, time.perf_counter() - began)
+
+
+def write_samples(folder: Path, facts: Facts, samples: Samples, recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Write PNG, .npz and, when there are frames, a GIF under the next free number; each carries the recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = fresh(folder, "sample")
+    png, npz, gif = (Path(f"{stem}.{suffix}") for suffix in ("png", "npz", "gif"))
+    image = draw.grid(facts, samples.x[: SHOWN if facts.is_image else None])
+    draw.save_png(image, png, dict(recipe))
+    np.savez_compressed(npz, x=samples.x.numpy(), recipe=np.array(json.dumps(recipe)))
+    artifacts = {"png": str(png), "npz": str(npz)}
+    if samples.frames:
+        first, *rest = (draw.grid(facts, frame[:SHOWN]) for frame in samples.frames)
+        times = [80] * len(rest) + [1500]
+        first.save(gif, save_all=True, append_images=rest, duration=times, loop=0, comment=json.dumps(recipe).encode())
+        artifacts["gif"] = str(gif)
+    return artifacts
+
+
+def fresh(folder: Path, stem: str) -> Path:
+    """The first of folder/stem-0001, folder/stem-0002, ... that no file or directory starts with."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file; name a directory")
+    taken = {path.name.split(".")[0] for path in folder.glob(f"{stem}-*")} if folder.is_dir() else set()
+    number = 1
+    while f"{stem}-{number:04d}" in taken:
+        number += 1
+    return folder / f"{stem}-{number:04d}"
+
+
+def evaluation_lines(result: Evaluation) -> list[str]:
+    """The evaluation as a person reads it."""
+    found, unit = result.likelihood, result.unit
+
+    def baseline(label: str, name: str) -> str:
+        value, margin = getattr(result.baselines, name), getattr(result.margins, name)
+        word = "better" if margin.value > 0 else "worse"
+        ratio = abs(margin.value) / margin.stderr if margin.stderr else float("inf")
+        difference = f"the model is {abs(margin.value):.4f} ± {margin.stderr:.4f} {word} ({ratio:.0f} s.e.)"
+        return f"  {label:<24}{value:10.4f}   {difference}"
+
+    return [
+        f"{result.data}: {result.n_images:,} held-out examples, chain of {result.chain:,} steps, {unit}",
+        f"  {'variational bound':<24}{found.value:10.4f} ± {found.stderr:.4f}   ({result.n_evaluations:,} evaluations, "
+        f"{result.seconds:.0f} s)",
+        f"    {'L_T   prior':<22}{found.prior:10.4f}",
+        f"    {'L_t-1 diffusion':<22}{found.diffusion:10.4f}",
+        f"    {'L_0   decoder':<22}{found.decoder:10.4f}",
+        baseline("independent pixels", "independent_pixels"),
+        baseline("full-covariance Gaussian", "gaussian"),
+        *(f"  {path}" for path in result.artifacts.values()),
+    ]

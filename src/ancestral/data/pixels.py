@@ -1,0 +1,97 @@
+"""One image file: its size from the header, its pixels as 8-bit grey or RGB."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MAX_PIXELS = 2**26  # of one image, before it is decoded: 8192 x 8192
+GAP = 3  # reduce in whole steps to no less than this many times the target, then Lanczos
+
+
+def measure(file: BinaryIO) -> tuple[int, int]:
+    """Width and height of the upright image, from the header alone."""
+    with _opened(file) as image:
+        return (image.height, image.width) if _orientation(image) >= 5 else (image.width, image.height)
+
+
+def decode(file: BinaryIO, *, width: int, height: int) -> NDArray[np.uint8]:
+    """The first frame, upright and opaque, cropped and resized: (H, W) where it is grey, (H, W, 3) otherwise."""
+    with _opened(file) as image:
+        shrink = min(image.width / width, image.height / height)
+        # Lets a JPEG leave out detail that the resize would throw away.
+        image.draft(None, (round(GAP * image.width / shrink), round(GAP * image.height / shrink)))
+        image.load()
+        turn = UPRIGHT.get(_orientation(image))
+        flat = _eight_bit(image if turn is None else image.transpose(turn))
+    if flat.size != (width, height):
+        flat = _fit(flat, width, height)
+    pixels = np.asarray(flat)
+    if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
+        return pixels[..., 0].copy()
+    return pixels
+
+
+def stack(pixels: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """One array (N, C, H, W): C = 1 where every image is grey, 3 otherwise."""
+    channels = 3 if any(image.ndim == 3 for image in pixels) else 1
+    x = np.empty((len(pixels), channels, *pixels[0].shape[:2]), dtype=np.uint8)
+    for row, image in zip(x, pixels, strict=True):
+        row[:] = image.transpose(2, 0, 1) if image.ndim == 3 else image
+    return x
+
+
+@contextmanager
+def _opened(file: BinaryIO) -> Iterator[Image.Image]:
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
+        yield image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8, that is still to be undone."""
+    if "exif" not in image.info:  # as in a TIFF, which Pillow turns by itself
+        return 1
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return 1
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """The image as 8-bit grey or RGB: 16-bit grey divided by 257 and rounded, transparency over white."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels: give such images as an .npy array")
+    if image.mode.startswith("I"):
+        wide = np.asarray(image).astype(np.int32)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("32-bit pixels: give such images as an .npy array")
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, "white")
+        opaque.alpha_composite(image.convert("RGBA"))
+        return opaque.convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The largest centred part of the target's proportions, resized to it."""
+    shrink = min(image.width / width, image.height / height)
+    across, down = round(width * shrink), round(height * shrink)
+    left, top = (image.width - across) // 2, (image.height - down) // 2
+    part = image.crop((left, top, left + across, top + down))
+    return part.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=GAP)
