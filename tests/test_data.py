@@ -353,6 +353,13 @@ class TestImages:
         code = f"from ancestral.data import load; load({str(tmp_path)!r}, on_bad='fail')"
         subprocess.run([sys.executable, "-c", code], check=True)
 
+    def test_damaged_exif_does_not_spoil_the_pixels(self, tmp_path):
+        broken = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03"
+        for seed in range(3):
+            Image.new("L", (8, 8), 80 * seed).save(tmp_path / f"{seed}.jpg", exif=broken)
+        data = load(tmp_path, on_bad="fail")
+        assert sorted(torch.cat([data.train, data.held_out])[:, 0, 0, 0].tolist()) == [0, 80, 160]
+
     def test_an_animation_gives_its_first_frame(self, tmp_path):
         for seed in range(2):
             save(tmp_path / "train" / f"{seed}.png", picture(seed, 2, 3, channels=1))

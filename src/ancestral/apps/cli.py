@@ -275,8 +275,9 @@ def _data_of(
     from ancestral.data import load
 
     if data is not None:
-        size = max(model.facts.shape[1:]) if model.facts.is_image else None
-        return load(data, size=size, progress=progress.update)
+        square = model.facts.is_image and model.facts.shape[1] == model.facts.shape[2]
+        files = Path(data).is_dir() or data.lower().endswith(".zip")
+        return load(data, size=model.facts.shape[1] if square and files else None, progress=progress.update)
     path = _run_directory(run) / "run.json"
     try:
         record = json.loads(path.read_text())["data"]

@@ -210,7 +210,7 @@ def _read(reading: Reading, items: list[Item], size: int | None) -> Examples:
     bad = reading.bad
     if not items and not bad:
         raise DataError(f"{reading.where}: holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
-    items, notes = _own_split(sorted(items, key=lambda item: item.name.split("/")))
+    items, notes = _own_split(sorted(items, key=lambda item: item.name))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata; the pixels are judged by themselves
         warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -1,5 +1,6 @@
 """How likely a trained model finds data it has not seen, with standard errors, beside two simple densities."""
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -205,3 +206,7 @@ def evaluate(
 
 def _seed(seed: int, index: int) -> int:
     return (seed << 32) + index
+
+
+if __name__ == "__main__":
+    print(json.dumps(Evaluation.model_json_schema(), indent=2))  # noqa: T201

@@ -1,0 +1,268 @@
+"""The command: one sentence for every bad input, one JSON object when asked, files that carry their recipe."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from PIL import Image
+from typer.testing import CliRunner
+
+from ancestral.apps.cli import app
+from ancestral.data import draw
+from ancestral.measure.evaluate import Evaluation
+
+SCHEMA = Path(__file__).parent.parent / "docs" / "evaluation.schema.json"
+QUICK = [f"--set={change}" for change in ("unet.width=8", "unet.blocks=1", "unet.octaves=1", "training.batch=16")]
+
+
+def ancestral(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of a few steps on the digits."""
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    result = ancestral("train", "digits", "--to", path, "--steps", 20, *QUICK)
+    assert result.exit_code == 0, result.output
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_train_says_what_it_does_and_where_it_is(trained):
+    log = (trained / "log.txt").read_text()
+    assert "1,476 train + 321 held-out images of 1x8x8, 17 levels" in log
+    assert "20 steps of 16 examples, seed 0" in log
+    assert str(trained) in log
+
+
+def test_train_json_is_one_object(tmp_path):
+    result = ancestral("train", "ring-8", "--to", tmp_path / "run", "--steps", 3, "--seed", 5, "--json")
+    record = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert record["run"] == str(tmp_path / "run")
+    assert (record["steps"], record["seed"]) == (3, 5)
+    assert record["images_per_second"] == pytest.approx(3 * 512 / record["seconds"], rel=0.05)
+    assert "examples/s" in result.stderr
+
+
+def test_sample_writes_files_that_carry_their_recipe(trained, tmp_path):
+    result = ancestral("sample", trained, "-n", 5, "--steps", 6, "--seed", 3, "--out", tmp_path, "--gif", "--json")
+    record = json.loads(result.stdout)
+    assert (record["images"], record["evaluations"], record["seed"]) == (5, 30, 3)
+    recipe = draw.read_recipe(record["artifacts"]["png"])
+    assert recipe == {"run": str(trained / "final"), "n": 5, "sampler": "ancestral", "steps": 6, "seed": 3}
+    with np.load(record["artifacts"]["npz"]) as archive:
+        assert archive["x"].shape == (5, 1, 8, 8)
+        assert archive["x"].max() <= 16
+        assert json.loads(str(archive["recipe"])) == recipe
+    with Image.open(record["artifacts"]["gif"]) as animation:
+        assert animation.n_frames == 7
+        assert json.loads(animation.info["comment"]) == recipe
+
+
+def test_the_same_seed_gives_the_same_samples_in_any_number(trained, tmp_path):
+    few, many = (
+        np.load(json.loads(ancestral("sample", trained, "-n", n, "--steps", 6, "--out", tmp_path, "--json").stdout)["artifacts"]["npz"])["x"]
+        for n in (3, 300)
+    )  # fmt: skip
+    different = (few.astype(int) - many[:3].astype(int)) != 0
+    assert different.mean() < 0.02  # a level may flip where rounding of the network meets rounding to levels
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"sample-000{i}.{s}" for i in (1, 2) for s in ("npz", "png")]
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddim", "euler", "heun", "annealed-langevin"])
+def test_every_sampler_can_be_named(trained, tmp_path, sampler):
+    result = ancestral("sample", trained, "-n", 2, "--steps", 3, "--sampler", sampler, "--out", tmp_path, "--json")
+    assert result.exit_code == 0, result.output
+    assert draw.read_recipe(json.loads(result.stdout)["artifacts"]["png"])["sampler"] == sampler
+
+
+def test_evaluate_json_validates_against_the_published_schema(trained):
+    result = ancestral("evaluate", trained, "--n", 40, "--json")
+    record = json.loads(result.stdout)
+    Draft202012Validator(json.loads(SCHEMA.read_text())).validate(record)
+    bits = record["bits_per_dim"]
+    assert bits["value"] == pytest.approx(bits["prior"] + bits["diffusion"] + bits["decoder"], abs=1e-9)
+    assert record["n_images"] == 40
+    assert record["n_evaluations"] == 40 * 21
+    assert record["baselines"]["independent_pixels"] == pytest.approx(2.43, abs=0.15)
+    assert record["margins"]["gaussian"]["value"] == pytest.approx(record["baselines"]["gaussian"] - bits["value"], abs=1e-9)
+    assert all(Path(path).is_file() for path in record["artifacts"].values())
+    assert json.loads(Path(record["artifacts"]["evaluation"]).read_text()) == record
+    assert f"{bits['value']:.4f} ± {bits['stderr']:.4f}" in result.stderr
+
+
+def test_the_published_schema_is_the_one_in_the_code():
+    """Renew with: python -m ancestral.measure.evaluate > docs/evaluation.schema.json."""
+    assert json.loads(SCHEMA.read_text()) == Evaluation.model_json_schema()
+
+
+def test_evaluate_agrees_with_all_steps_and_with_itself(trained):
+    def value(*options: object) -> dict:
+        return json.loads(ancestral("evaluate", trained, "--n", 16, "--json", *options).stdout)["bits_per_dim"]
+
+    some, again, every = value(), value(), value("--likelihood", "all-steps")
+    assert some == again
+    assert abs(some["value"] - every["value"]) < 4 * (some["stderr"] ** 2 + every["stderr"] ** 2) ** 0.5
+
+
+def test_real_valued_data_is_measured_in_nats(tmp_path):
+    path = tmp_path / "run"
+    assert ancestral("train", "ring-8", "--to", path, "--steps", 5).exit_code == 0
+    record = json.loads(ancestral("evaluate", path, "--n", 50, "--json").stdout)
+    Draft202012Validator(json.loads(SCHEMA.read_text())).validate(record)
+    assert record["unit"] == "nats"
+    assert "bits_per_dim" not in record
+    assert record["baselines"]["gaussian"] == pytest.approx(3.5, abs=0.3)
+
+
+def png(path: Path, text: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if text is None:
+        Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(path)
+    else:
+        path.write_text(text)
+
+
+def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
+    """Name -> (command, what the sentence must say)."""
+    (folder / "empty").mkdir()
+    png(folder / "texts" / "note.png", "not an image")
+    (folder / "zero.zip").write_bytes(b"")
+    np.save(folder / "nan.npy", np.array([[1.0, np.nan], [2.0, 3.0]]))
+    (folder / "not-a-run").mkdir()
+    for i in range(6):
+        png(folder / "some" / f"{i}.png")
+    whole = (folder / "some" / "0.png").read_bytes()
+    (folder / "some" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    return {
+        "an empty folder": (["train", folder / "empty"], "empty"),
+        "a text file named .png": (["train", folder / "texts"], "note.png"),
+        "a 0-byte zip": (["train", folder / "zero.zip"], "zero.zip"),
+        "NaN in an array": (["train", folder / "nan.npy"], "nan.npy"),
+        "a truncated image with --on-bad fail": (["train", folder / "some", "--on-bad", "fail"], "cut.png"),
+        "a path that is not there": (["train", folder / "nowhere.npy"], "nowhere.npy"),
+        "a name close to another": (["train", "digit"], "did you mean 'digits'"),
+        "an unknown schedule": (["train", "digits", "--set", "process.schedule=cosin"], "did you mean 'cosine'"),
+        "T = 0": (["train", "digits", "--set", "diffusion.chain=0"], "diffusion.chain = 0"),
+        "no steps": (["train", "digits", "--steps", 0], "training.steps = 0"),
+        "no minutes": (["train", "digits", "--minutes", -1], "training.minutes = -1"),
+        "minutes and steps": (["train", "digits", "--minutes", 1, "--steps", 5], "give one of them"),
+        "an unknown setting": (["train", "digits", "--set", "unet.widht=3"], "did you mean 'unet.width'"),
+        "an unknown recipe": (["train", "digits", "--recipe", "digit"], "did you mean 'digits'"),
+        "a size for what has none": (["train", "digits", "--size", 16], "size=16"),
+        "a run that is not there": (["sample", folder / "gone"], "no such run"),
+        "a directory that is no run": (["evaluate", folder / "not-a-run"], "not a run directory"),
+        "a file in place of a run": (["sample", folder / "zero.zip"], "zero.zip"),
+    }
+
+
+BAD = [
+    "an empty folder", "a text file named .png", "a 0-byte zip", "NaN in an array",
+    "a truncated image with --on-bad fail", "a path that is not there", "a name close to another",
+    "an unknown schedule", "T = 0", "no steps", "no minutes", "minutes and steps", "an unknown setting",
+    "an unknown recipe", "a size for what has none", "a run that is not there", "a directory that is no run",
+    "a file in place of a run",
+]  # fmt: skip
+
+
+def test_every_bad_input_is_tried(tmp_path):
+    assert list(bad_inputs(tmp_path)) == BAD
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_sentence_exit_code_2_and_nothing_written(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command, says = bad_inputs(tmp_path)[name]
+    before = tree(tmp_path)
+    result = ancestral(*command)
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert result.stderr.startswith("ancestral: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert tree(tmp_path) == before
+    as_json = ancestral(*command, "--json")
+    assert json.loads(as_json.stdout)["exit_code"] == as_json.exit_code == 2
+
+
+def test_a_truncated_image_is_skipped_and_counted(tmp_path):
+    bad_inputs(tmp_path)
+    for i in range(8):
+        image = Image.fromarray(np.full((8, 8), 30 * i, dtype=np.uint8))
+        image.save(tmp_path / "some" / f"grey{i}.png")
+    result = ancestral("train", tmp_path / "some", "--to", tmp_path / "run", "--steps", 1, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "cut.png" in result.stdout
+    assert json.loads((tmp_path / "run" / "final" / "model.json").read_text())["facts"]["skipped"] == 1
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate"])
+def test_a_flipped_byte_is_refused_and_nothing_is_written(trained, tmp_path, verb):
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    weights = copy / "final" / "weights.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 4
+    weights.write_bytes(data)
+    before = tree(copy)
+    result = ancestral(verb, copy)
+    assert result.exit_code == 2
+    assert "weights.safetensors: does not match its checksum" in result.stderr
+    assert "checkpoints/step-0000020 can be used in its place" in result.stderr
+    assert tree(copy) == before
+    assert ancestral("sample", copy / "checkpoints" / "step-0000020", "-n", 1, "--steps", 2).exit_code == 0
+
+
+def test_other_data_must_be_of_the_same_kind(trained):
+    result = ancestral("evaluate", trained, "--data", "ring-8")
+    assert result.exit_code == 2
+    assert "trained on shape (1, 8, 8)" in result.stderr
+
+
+@pytest.mark.parametrize("verb", [[], ["train"], ["sample"], ["evaluate"], ["figures"]])
+def test_help_fits_a_screen_and_shows_an_example(verb):
+    result = ancestral(*verb, "--help")
+    lines = result.stdout.splitlines()
+    assert result.exit_code == 0
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    assert "ancestral " + (verb[0] if verb else "train digits") in result.stdout
+
+
+def test_an_interrupt_keeps_a_checkpoint_and_exits_with_3(tmp_path):
+    """A real process, a real signal: what was saved is whole and can be sampled."""
+    path = tmp_path / "run"
+    command = [sys.executable, "-m", "ancestral.apps.cli", "train", "digits", "--to", str(path), "--steps", "100000"]
+    process = subprocess.Popen([*command, *QUICK], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        while not (path / "metrics.jsonl").exists() or len((path / "metrics.jsonl").read_text()) == 0:
+            assert process.poll() is None
+        process.send_signal(2)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 3
+    assert "stopped" in stderr
+    assert json.loads((path / "run.json").read_text())["status"] == "stopped"
+    assert ancestral("sample", path, "-n", 1, "--steps", 2).exit_code == 0
+
+
+def test_samples_stay_on_the_levels(trained, tmp_path):
+    record = json.loads(ancestral("sample", trained, "-n", 20, "--steps", 3, "--out", tmp_path, "--json").stdout)
+    with np.load(record["artifacts"]["npz"]) as archive:
+        x = torch.from_numpy(archive["x"])
+    assert x.dtype == torch.uint8
+    assert x.unique().numel() > 2

@@ -1,0 +1,86 @@
+"""The diffusion family: units, seeds, latents, and the contract it declares."""
+
+import pytest
+import torch
+from test_training import exact_model, plain_facts
+
+from ancestral.data import Scale, load
+from ancestral.diffusion import process as P
+from ancestral.diffusion.likelihood import mean_and_stderr
+from ancestral.diffusion.model import Diffusion
+from ancestral.diffusion.sample import ddim, heun
+from ancestral.errors import OptionError
+from ancestral.nets import MLP
+from ancestral.protocol import Generative, HasDensity, HasLatent
+from ancestral.rng import stream
+from ancestral.toys import named
+from ancestral.training import recipes
+
+
+def test_diffusion_declares_what_it_can_do():
+    model = exact_model("simple")
+    assert isinstance(model, Generative)
+    assert isinstance(model, HasDensity)
+    assert isinstance(model, HasLatent)
+
+
+def test_log_prob_is_a_lower_bound_in_the_units_of_the_data():
+    """On data in other units, x -> 3 x + 1, log p moves by -D log 3, and stays below the truth in the mean."""
+    model, toy = exact_model("simple", chain=50), named("mixture")
+    x = toy.sample(400, rng=stream(0))
+    density = model.log_prob(x.float(), rng=0)
+    assert density.kind == "lower bound"
+    gap, stderr = mean_and_stderr(toy.log_prob(x) - density.nats)
+    assert float(gap) > -3 * float(stderr)
+    facts = plain_facts(2).model_copy(update={"scale": Scale(offset=(1.0,), factor=(3.0,))})
+    moved = Diffusion(model.network.net, P.cosine(), facts, chain=50).log_prob(3 * x.float() + 1, rng=0)
+    torch.testing.assert_close(moved.nats, density.nats - 2 * torch.tensor(3.0).log(), rtol=1e-3, atol=1e-3)
+
+
+def test_encode_and_decode_are_inverse_up_to_the_solver():
+    """The round trip's error falls at least fourfold when the steps double: the solver is of second order."""
+    model = exact_model("simple")
+    x = named("mixture").sample(200, rng=stream(0)).float()
+    errors = [float((model.decode(model.encode(x, steps=n), steps=n) - x).norm(dim=1).median()) for n in (50, 100, 200)]
+    assert errors[2] < errors[1] < errors[0]
+    assert errors[2] < 0.02
+
+
+def test_latents_of_data_are_standard_normal():
+    z = exact_model("simple").encode(named("mixture").sample(4000, rng=stream(0)).float(), steps=60)
+    assert (z.mean(0).abs() < 4 / 4000**0.5 + 0.01).all()
+    assert ((z.T.cov() - torch.eye(2)).abs() < 0.12).all()
+
+
+def test_samples_come_in_the_units_of_the_data():
+    facts = load("digits").facts
+    model = recipes.build(recipes.change(recipes.choose(facts), ["unet.width=8", "unet.blocks=1"]), facts)
+    images = model.sample(5, steps=3)
+    assert images.dtype == torch.uint8
+    assert images.shape == (5, 1, 8, 8)
+    assert int(images.max()) <= 16
+    assert torch.equal(model.sample(5, steps=3, rng=4)[2:], model.sample(5, steps=3, rng=4)[2:])
+    assert not torch.equal(model.sample(5, steps=3, rng=4), model.sample(5, steps=3, rng=5))
+
+
+def test_samples_of_the_exact_model_have_the_law_of_the_data():
+    toy, model, n = named("mixture"), exact_model("simple"), 20_000
+    for sampler, steps in ((heun, 60), (ddim, 200)):
+        x = model.sample(n, steps=steps, sampler=sampler, rng=1).double()
+        assert ((x.mean(0) - toy.mean).abs() < 5 * (toy.cov.diagonal() / n) ** 0.5 + 0.02).all()
+        assert ((x.T.cov() - toy.cov).abs() < 0.05 * toy.cov.diagonal().max()).all()
+
+
+def test_what_is_undefined_is_refused():
+    net, facts = MLP((2,), 8, 1), plain_facts(2)
+    for options, sentence in [
+        ({"weighting": "vlb"}, "unknown weighting"),
+        ({"variance": "small"}, "unknown reverse variance"),
+        ({"chain": 1}, "at least 2 steps"),
+    ]:
+        with pytest.raises(OptionError, match=sentence):
+            Diffusion(net, P.cosine(), facts, **options)
+    with pytest.raises(OptionError, match="undefined at t = 1"):
+        Diffusion(net, P.straight(), facts, predicts="eps")
+    with pytest.raises(OptionError, match="3 seeds for 5"):
+        Diffusion(net, P.cosine(), facts).sample(5, rng=[1, 2, 3])

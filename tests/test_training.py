@@ -1,0 +1,257 @@
+"""Training: what one step is a function of, what the loss estimates, and what a run leaves behind."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import ancestral
+from ancestral.data import Facts, Scale, load
+from ancestral.diffusion import process as P
+from ancestral.diffusion.denoise import ROWS
+from ancestral.diffusion.model import WEIGHTINGS, Diffusion
+from ancestral.errors import Diverged, NoSpace, OptionError, RunError
+from ancestral.rng import stream
+from ancestral.toys import Toy, named
+from ancestral.training import checkpoint, recipes, run, train
+from ancestral.training.recipes import TrainingSection
+
+QUICK = ["unet.width=8", "unet.blocks=1", "unet.octaves=1", "training.batch=16"]
+
+
+def plain_facts(dim: int) -> Facts:
+    """Facts of real-valued vectors in the model's own units."""
+    scale = Scale(offset=(0.0,), factor=(1.0,))
+    return Facts(
+        name="plain", source="plain", shape=(dim,), levels=None, scale=scale, classes=None,
+        n_train=2, n_held_out=1, skipped=0, digest="",
+    )  # fmt: skip
+
+
+class Exact(nn.Module):
+    """What a network would have to output for the exact denoiser of a toy."""
+
+    def __init__(self, toy: Toy, predicts: str, constraint: str) -> None:
+        super().__init__()
+        self.toy, self.row, self.level = toy, ROWS[predicts], P.CONSTRAINTS[constraint]
+
+    def forward(self, x, log_snr):
+        alpha, sigma = self.level(log_snr)
+        c_skip, c_out = (c[:, None] for c in self.row(alpha, sigma, 1.0))
+        x_t = x * (alpha**2 + sigma**2).sqrt()[:, None]
+        return (self.toy.posterior_mean(x_t, alpha, sigma) - c_skip * x_t) / c_out
+
+
+def exact_model(weighting: str, predicts: str = "v", chain: int = 100) -> Diffusion:
+    net = Exact(named("mixture"), predicts, "variance-preserving")
+    return Diffusion(net, P.cosine(), plain_facts(2), predicts=predicts, weighting=weighting, chain=chain)
+
+
+@pytest.mark.parametrize("predicts", ["v", "eps", "x0"])
+def test_the_bound_weighting_estimates_the_middle_terms_of_the_bound(predicts):
+    """Its expectation is the sum of L_1 .. L_{T-1} in nats per dimension, whatever the network predicts."""
+    model = exact_model("bound", predicts)
+    x_0 = named("mixture").sample(4000, rng=stream(0))
+    losses = torch.stack([model.loss(x_0, stream(1, i)) for i in range(20)])
+    terms = model.bound(x_0[:1500], rng=5).diffusion / 2
+    stderr = (losses.var() / 20 + terms.var() / 1500) ** 0.5
+    assert abs(float(losses.mean() - terms.mean())) < 4 * float(stderr)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("predicts", ["v", "eps", "x0", "velocity", "edm"])
+def test_the_exact_denoiser_minimises_every_loss(weighting, predicts):
+    """The loss's minimiser is E[x_0|x_t]: the gradient with respect to any added error vanishes there."""
+
+    class Nudged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.exact = Exact(named("mixture"), predicts, "variance-preserving")
+            self.nudge = nn.Parameter(torch.zeros(6, 2, dtype=torch.float64))
+
+        def forward(self, x, log_snr):
+            base = torch.stack([torch.ones_like(x[:, 0]), x[:, 0], x[:, 1], x[:, 0] * x[:, 1], log_snr, log_snr**2], 1)
+            return self.exact(x, log_snr) + base @ self.nudge
+
+    net = Nudged()
+    model = Diffusion(net, P.cosine(), plain_facts(2), predicts=predicts, weighting=weighting, chain=50)
+    grads = []
+    for i in range(30):
+        x_0 = named("mixture").sample(4000, rng=stream(1, i))
+        grads.append(torch.autograd.grad(model.loss(x_0, stream(2, i)), net.nudge)[0])
+    mean, stderr = torch.stack(grads).mean(0), torch.stack(grads).std(0) / 30**0.5
+    assert (mean.abs() < 4.5 * stderr).all()
+
+
+def test_every_epoch_sees_every_example_once_in_a_new_order():
+    n, batch = 50, 8
+    seen = torch.cat([train.batch_indices(n, batch, 3, step) for step in range(1, 26)])
+    first, second = seen[:50], seen[50:100]
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(50))
+    assert first.tolist() != second.tolist()
+    assert torch.equal(train.batch_indices(n, batch, 3, 17), seen[16 * 8 : 17 * 8])
+    assert not torch.equal(train.batch_indices(n, batch, 4, 1), seen[:8])
+    assert len(train.batch_indices(3, 10, 0, 1)) == 10
+
+
+def test_the_rate_warms_up_peaks_and_ends_at_zero():
+    section = TrainingSection(rate=0.1, warmup=10, steps=100)
+    rates = [train.rate(section, step, 100) for step in range(1, 101)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9] == pytest.approx(0.1 * 10 / 11)
+    assert max(rates) <= 0.1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("length", [0.05, 0.1, 0.2])
+def test_the_average_spans_the_declared_share_of_the_run(length):
+    """Its weights over steps, read off a ramp and its square, have standard deviation `length` times the run."""
+    first, second = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    a, b = train.Average(first, length), train.Average(second, length)
+    total = 4000
+    for step in range(1, total + 1):
+        first.weight.data.fill_(step / total)
+        second.weight.data.fill_((step / total) ** 2)
+        a.update(first, step)
+        b.update(second, step)
+    mean, square = float(a.module.weight), float(b.module.weight)
+    assert math.sqrt(square - mean**2) == pytest.approx(length, rel=0.02)
+
+
+def trained(tmp_path, name: str, steps: int = 6, seed: int = 0) -> run.Run:
+    return ancestral.train("digits", to=tmp_path / name, steps=steps, seed=seed, changes=QUICK)
+
+
+def test_a_run_is_a_function_of_its_seed(tmp_path):
+    """Weights and metrics of two runs with one seed are equal to the bit; another seed gives others."""
+    same, again, other = trained(tmp_path, "a"), trained(tmp_path, "b"), trained(tmp_path, "c", seed=1)
+
+    def outcome(made: run.Run) -> tuple[bytes, list[dict]]:
+        lines = [json.loads(line) for line in (made.path / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            del line["seconds"], line["images_per_second"]
+        return (made.path / "final" / checkpoint.WEIGHTS).read_bytes(), lines
+
+    assert outcome(same) == outcome(again)
+    assert outcome(same)[0] != outcome(other)[0]
+
+
+def test_a_run_directory_describes_itself(tmp_path):
+    made = trained(tmp_path, "run", steps=9)
+    record = json.loads((made.path / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["steps"] == 9
+    assert record["data"]["digest"] == made.data.facts.digest
+    assert recipes.read(json.loads((made.path / "config.json").read_text())) == made.setup
+    assert [json.loads(line)["step"] for line in (made.path / "metrics.jsonl").read_text().splitlines()] == [*range(1, 10)]
+    assert [path.name for path in checkpoint.checkpoints(made.path)] == ["step-0000007", "step-0000009"]
+    shown = sorted(path.name for path in (made.path / "samples").iterdir())
+    assert shown == ["data.png", *(f"step-{step:07d}.png" for step in (3, 5, 7, 9))]
+    model = ancestral.load(made.path)
+    assert model.facts == made.data.facts
+    final = checkpoint.load(made.path / "checkpoints" / "step-0000009")
+    assert torch.equal(model.sample(3, steps=4), final.sample(3, steps=4))
+
+
+def test_minutes_become_a_recorded_number_of_steps(tmp_path):
+    prepared = run.prepare("digits", to=tmp_path / "run", minutes=0.5, changes=QUICK)
+    seconds = prepared.record["seconds_per_step"]
+    assert prepared.total == pytest.approx(30 / seconds, abs=1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_keeps_its_last_step_and_says_so(tmp_path):
+    prepared = run.prepare("digits", to=tmp_path / "run", steps=50, changes=QUICK)
+    steps = prepared.steps()
+    for _ in range(4):
+        next(steps)
+    steps.close()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["steps"]) == ("stopped", 4)
+    assert checkpoint.find(tmp_path / "run").name == "step-0000004"
+    assert ancestral.load(tmp_path / "run").sample(2, steps=2).shape == (2, 1, 8, 8)
+
+
+def test_divergence_stops_before_the_weights_are_lost(tmp_path):
+    changes = [*QUICK, "training.rate=1e18", "training.warmup=0", "training.clip=1e30", "training.checkpoints=40"]
+    with pytest.raises(Diverged, match=r"step \d+: .* lower learning rate"):
+        ancestral.train("digits", to=tmp_path / "run", steps=40, changes=changes)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert "lower learning rate" in record["reason"]
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    made = trained(tmp_path, "run", steps=1)
+    before = (made.path / "final" / checkpoint.WEIGHTS).read_bytes()
+    with pytest.raises(RunError, match="never overwritten"):
+        trained(tmp_path, "run", steps=1)
+    assert (made.path / "final" / checkpoint.WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.MODEL, checkpoint.MANIFEST])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_refused_with_the_file_and_what_to_load_instead(tmp_path, name, harm):
+    made = trained(tmp_path, "run", steps=2)
+    file = made.path / "final" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    if harm == "flip":
+        file.write_bytes(data)
+    elif harm == "truncate":
+        file.write_bytes(data[: len(data) // 3])
+    else:
+        file.unlink()
+    if name == checkpoint.MANIFEST and harm == "remove":
+        assert ancestral.load(made.path) is not None  # an unfinished final/ is passed over for the newest checkpoint
+        return
+    with pytest.raises(RunError) as caught:
+        ancestral.load(made.path)
+    assert str(file) in str(caught.value)
+    assert "step-0000002 can be used in its place" in str(caught.value)
+    assert checkpoint.load(made.path / "checkpoints" / "step-0000002") is not None
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(tmp_path, monkeypatch):
+    made = trained(tmp_path, "run", steps=1)
+    writes = []
+
+    def full(handle):
+        writes.append(handle)
+        if len(writes) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(NoSpace, match="no space left"):
+        checkpoint.save_checkpoint(made.path / "checkpoints" / "step-9", made.model.network, made.setup, made.data.facts, 9)
+    assert [path.name for path in (made.path / "checkpoints").iterdir()] == ["step-0000001"]
+
+
+def test_changes_reach_the_setup_or_are_refused_with_the_close_match():
+    facts = load("digits").facts
+    setup = recipes.choose(facts)
+    assert recipes.change(setup, ["unet.width=24", "process.schedule=linear"]).unet.width == 24
+    for change, sentence in [
+        ("unet.widht=24", "did you mean 'unet.width'"),
+        ("unet.width", "written section.key=value"),
+        ("unet.width=wide", "unet.width = 'wide'"),
+        ("diffusion.chain=0", "diffusion.chain = 0"),
+        ("training.steps=0", "training.steps = 0"),
+        ("mlp.width=3", "unknown setting"),
+    ]:
+        with pytest.raises(OptionError, match=sentence):
+            recipes.change(setup, [change])
+    for change, sentence in [
+        ("process.schedule=cosin", "did you mean 'cosine'"),
+        ("diffusion.predicts=epsilon", "unknown parameterization"),
+        ("diffusion.weighting=simpel", "did you mean 'simple'"),
+        ("diffusion.variance=fixed_small", "did you mean 'fixed-small'"),
+        ("process.betas=[0.1, 2.0]", "step 2 of 2"),
+    ]:
+        with pytest.raises(OptionError, match=sentence):
+            recipes.build(recipes.change(setup, [change]), facts)
+    with pytest.raises(OptionError, match="unknown recipe 'digit': did you mean 'digits'"):
+        recipes.choose(facts, "digit")
