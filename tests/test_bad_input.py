@@ -409,6 +409,10 @@ class TestArrays:
             assert words in sentence
         assert "cut.idx.gz: cannot be read" in refusal(tmp_path / "cut.idx.gz")
 
+    def test_labels_alone_are_no_examples(self, tmp_path):
+        (tmp_path / "train-labels-idx1-ubyte").write_bytes(struct.pack(">HBBI", 0, 8, 1, 9) + bytes(9))
+        assert "train-labels-idx1-ubyte: holds single numbers" in refusal(tmp_path / "train-labels-idx1-ubyte")
+
 
 class TestSources:
     @pytest.mark.parametrize(("name", "meant"), [("digts", "digits"), ("two-moon", "two-moons")])

@@ -73,10 +73,11 @@ def test_sample_writes_files_that_carry_their_recipe(trained, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_samples_in_any_number(trained, tmp_path):
-    few, many = (
-        np.load(json.loads(ancestral("sample", trained, "-n", n, "--steps", 6, "--out", tmp_path, "--json").stdout)["artifacts"]["npz"])["x"]
-        for n in (3, 300)
-    )  # fmt: skip
+    def samples(n: int) -> np.ndarray:
+        result = ancestral("sample", trained, "-n", n, "--steps", 6, "--out", tmp_path, "--json")
+        return np.load(json.loads(result.stdout)["artifacts"]["npz"])["x"]
+
+    few, many = samples(3), samples(300)
     different = (few.astype(int) - many[:3].astype(int)) != 0
     assert different.mean() < 0.02  # a level may flip where rounding of the network meets rounding to levels
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"sample-000{i}.{s}" for i in (1, 2) for s in ("npz", "png")]
@@ -98,7 +99,9 @@ def test_evaluate_json_validates_against_the_published_schema(trained):
     assert record["n_images"] == 40
     assert record["n_evaluations"] == 40 * 21
     assert record["baselines"]["independent_pixels"] == pytest.approx(2.43, abs=0.15)
-    assert record["margins"]["gaussian"]["value"] == pytest.approx(record["baselines"]["gaussian"] - bits["value"], abs=1e-9)
+    assert record["margins"]["gaussian"]["value"] == pytest.approx(
+        record["baselines"]["gaussian"] - bits["value"], abs=1e-9
+    )
     assert all(Path(path).is_file() for path in record["artifacts"].values())
     assert json.loads(Path(record["artifacts"]["evaluation"]).read_text()) == record
     assert f"{bits['value']:.4f} ± {bits['stderr']:.4f}" in result.stderr
@@ -246,7 +249,9 @@ def test_an_interrupt_keeps_a_checkpoint_and_exits_with_3(tmp_path):
     """A real process, a real signal: what was saved is whole and can be sampled."""
     path = tmp_path / "run"
     command = [sys.executable, "-m", "ancestral.apps.cli", "train", "digits", "--to", str(path), "--steps", "100000"]
-    process = subprocess.Popen([*command, *QUICK], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        [*command, *QUICK], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     try:
         while not (path / "metrics.jsonl").exists() or len((path / "metrics.jsonl").read_text()) == 0:
             assert process.poll() is None

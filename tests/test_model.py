@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_training import exact_model, plain_facts
 
 from ancestral.data import Scale, load
 from ancestral.diffusion import process as P
@@ -14,7 +13,8 @@ from ancestral.nets import MLP
 from ancestral.protocol import Generative, HasDensity, HasLatent
 from ancestral.rng import stream
 from ancestral.toys import named
-from ancestral.training import recipes
+from ancestral.training import recipes, train
+from oracles import COMBINATIONS, exact_model, plain_facts
 
 
 def test_diffusion_declares_what_it_can_do():
@@ -84,3 +84,18 @@ def test_what_is_undefined_is_refused():
         Diffusion(net, P.straight(), facts, predicts="eps")
     with pytest.raises(OptionError, match="3 seeds for 5"):
         Diffusion(net, P.cosine(), facts).sample(5, rng=[1, 2, 3])
+
+
+@pytest.mark.parametrize(("schedule", "predicts"), COMBINATIONS)
+def test_every_schedule_learns_with_every_parameterization_defined_on_it(schedule, predicts):
+    """A few steps on a Gaussian tighten the bound by many standard errors, from the CLI's own settings."""
+    data = load("gaussian")
+    changes = [f"process.schedule={schedule}", f"diffusion.predicts={predicts}", "diffusion.chain=50"]
+    changes += ["mlp.width=32", "mlp.depth=1", "training.batch=256", "training.warmup=5", "training.rate=3e-3"]
+    setup = recipes.change(recipes.choose(data.facts), changes)
+    model, x = recipes.build(setup, data.facts), data.held_out[:300]
+    before = model.bound(x, rng=0).nats
+    for _ in train.steps(model, data, setup.training, 80, seed=0):
+        pass
+    gain, stderr = mean_and_stderr(before - model.bound(x, rng=0).nats)
+    assert float(gain) > 5 * float(stderr)

@@ -8,45 +8,17 @@ import torch
 from torch import nn
 
 import ancestral
-from ancestral.data import Facts, Scale, load
+from ancestral.data import load
 from ancestral.diffusion import process as P
-from ancestral.diffusion.denoise import ROWS
 from ancestral.diffusion.model import WEIGHTINGS, Diffusion
 from ancestral.errors import Diverged, NoSpace, OptionError, RunError
 from ancestral.rng import stream
-from ancestral.toys import Toy, named
+from ancestral.toys import named
 from ancestral.training import checkpoint, recipes, run, train
 from ancestral.training.recipes import TrainingSection
+from oracles import ExactNetwork, exact_model, plain_facts
 
 QUICK = ["unet.width=8", "unet.blocks=1", "unet.octaves=1", "training.batch=16"]
-
-
-def plain_facts(dim: int) -> Facts:
-    """Facts of real-valued vectors in the model's own units."""
-    scale = Scale(offset=(0.0,), factor=(1.0,))
-    return Facts(
-        name="plain", source="plain", shape=(dim,), levels=None, scale=scale, classes=None,
-        n_train=2, n_held_out=1, skipped=0, digest="",
-    )  # fmt: skip
-
-
-class Exact(nn.Module):
-    """What a network would have to output for the exact denoiser of a toy."""
-
-    def __init__(self, toy: Toy, predicts: str, constraint: str) -> None:
-        super().__init__()
-        self.toy, self.row, self.level = toy, ROWS[predicts], P.CONSTRAINTS[constraint]
-
-    def forward(self, x, log_snr):
-        alpha, sigma = self.level(log_snr)
-        c_skip, c_out = (c[:, None] for c in self.row(alpha, sigma, 1.0))
-        x_t = x * (alpha**2 + sigma**2).sqrt()[:, None]
-        return (self.toy.posterior_mean(x_t, alpha, sigma) - c_skip * x_t) / c_out
-
-
-def exact_model(weighting: str, predicts: str = "v", chain: int = 100) -> Diffusion:
-    net = Exact(named("mixture"), predicts, "variance-preserving")
-    return Diffusion(net, P.cosine(), plain_facts(2), predicts=predicts, weighting=weighting, chain=chain)
 
 
 @pytest.mark.parametrize("predicts", ["v", "eps", "x0"])
@@ -68,7 +40,7 @@ def test_the_exact_denoiser_minimises_every_loss(weighting, predicts):
     class Nudged(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.exact = Exact(named("mixture"), predicts, "variance-preserving")
+            self.exact = ExactNetwork(named("mixture"), P.cosine(), predicts)
             self.nudge = nn.Parameter(torch.zeros(6, 2, dtype=torch.float64))
 
         def forward(self, x, log_snr):
@@ -146,7 +118,9 @@ def test_a_run_directory_describes_itself(tmp_path):
     assert record["steps"] == 9
     assert record["data"]["digest"] == made.data.facts.digest
     assert recipes.read(json.loads((made.path / "config.json").read_text())) == made.setup
-    assert [json.loads(line)["step"] for line in (made.path / "metrics.jsonl").read_text().splitlines()] == [*range(1, 10)]
+    assert [json.loads(line)["step"] for line in (made.path / "metrics.jsonl").read_text().splitlines()] == [
+        *range(1, 10)
+    ]
     assert [path.name for path in checkpoint.checkpoints(made.path)] == ["step-0000007", "step-0000009"]
     shown = sorted(path.name for path in (made.path / "samples").iterdir())
     assert shown == ["data.png", *(f"step-{step:07d}.png" for step in (3, 5, 7, 9))]
@@ -177,11 +151,11 @@ def test_an_interrupted_run_keeps_its_last_step_and_says_so(tmp_path):
 
 def test_divergence_stops_before_the_weights_are_lost(tmp_path):
     changes = [*QUICK, "training.rate=1e18", "training.warmup=0", "training.clip=1e30", "training.checkpoints=40"]
-    with pytest.raises(Diverged, match=r"step \d+: .* lower learning rate"):
+    with pytest.raises(Diverged, match=r"step \d+: .* lower learning rate.* checkpoint"):
         ancestral.train("digits", to=tmp_path / "run", steps=40, changes=changes)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["status"] == "failed"
-    assert "lower learning rate" in record["reason"]
+    assert record["status"] == "diverged"
+    assert "checkpoint" in record["reason"]
 
 
 def test_a_run_is_never_overwritten(tmp_path):
@@ -226,7 +200,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(tmp_pat
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(NoSpace, match="no space left"):
-        checkpoint.save_checkpoint(made.path / "checkpoints" / "step-9", made.model.network, made.setup, made.data.facts, 9)
+        checkpoint.save_checkpoint(
+            made.path / "checkpoints" / "step-9", {"denoiser": made.model.network}, made.setup, made.data.facts, 9
+        )
     assert [path.name for path in (made.path / "checkpoints").iterdir()] == ["step-0000001"]
 
 

@@ -1,10 +1,10 @@
 """The variational bound against likelihoods that are known: V1-V5 of the derivation."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from oracles import COMBINATIONS, FiniteSet, exact, two_point
 from scipy.special import log_ndtr
 
 from ancestral import gaussian, toys
@@ -14,11 +14,12 @@ from ancestral.diffusion.likelihood import bound, continuous_bound, kl_term, mea
 from ancestral.diffusion.sample import uniform
 from ancestral.errors import OptionError
 from ancestral.rng import stream, streams
+from oracles import COMBINATIONS, FiniteSet, exact, two_point
 
 
 @pytest.fixture
 def exact_moments(monkeypatch):
-    """Replaces noise by points whose averages are exact for quadratics, so that the bound of a Gaussian has no error."""
+    """Noise replaced by points whose averages are exact for quadratics: the bound of a Gaussian has no error."""
 
     def use(mean: float, var: float):
         x_0, eps = two_point(mean, var)
@@ -50,7 +51,7 @@ def test_with_the_optimal_variance_the_gap_is_the_terminal_kl_at_every_T(exact_m
 def test_with_variance_beta_the_gap_halves_when_T_doubles(exact_moments):
     x_0 = exact_moments(0.3, 0.25)
     gaps = [gaussian_gap(P.linear(), x_0, 0.3, 0.25, T, "beta") for T in (125, 250, 500, 1000)]
-    for coarse, fine in zip(gaps[:-1], gaps[1:], strict=True):
+    for coarse, fine in pairwise(gaps):
         assert coarse / fine == pytest.approx(2, rel=0.1)
 
 
@@ -61,7 +62,7 @@ EULER = 0.5772156649
     ("variance", "constant"), [("fixed-large", (1 - math.log(2)) / 2), ("fixed-small", (EULER + 1 - math.log(2)) / 2)]
 )
 def test_with_the_historical_first_step_the_gap_tends_to_a_constant(exact_moments, variance, constant):
-    """A decoder half as wide as needed costs (1 - log 2)/2 nats; beta~ in place of beta adds half of Euler's constant."""
+    """A decoder half as wide as needed costs (1 - log 2)/2 nats, and beta~ for beta half of Euler's constant more."""
     x_0 = exact_moments(0.3, 0.25)
     coarse, fine = (gaussian_gap(P.sigmoid(), x_0, 0.3, 0.25, T, variance) - constant for T in (1000, 4000))
     assert abs(fine) < 0.005
@@ -82,7 +83,7 @@ def test_refining_a_grid_never_loosens_the_bound_of_the_exact_denoiser(exact_mom
         sums.append(float(bound(oracle, x_0, steps, rng=stream(0), variance="fixed-small").diffusion.mean()))
     nested = [sums[i] for i in (0, 2, 4)], [sums[i] for i in (1, 2, 4)], [sums[i] for i in (3, 4)]
     for chain in nested:
-        assert all(a > b for a, b in zip(chain[:-1], chain[1:], strict=True))
+        assert all(a > b for a, b in pairwise(chain))
 
 
 @pytest.mark.parametrize("variance", VARIANCES)
@@ -181,7 +182,7 @@ def test_an_image_has_the_same_bound_in_any_batch():
 
 
 def test_discrete_pixels_the_whole_pipeline_is_just_above_the_exact_bits():
-    """Independent pixels on 5 levels with a known law: the bound, decoder included, lies above their entropy, closely."""
+    """Independent pixels with a known law: the bound, decoder included, lies closely above their entropy."""
     levels, draw = 5, stream(0)
     pmf = torch.tensor([[0.5, 0.2, 0.1, 0.1, 0.1], [0.05, 0.05, 0.1, 0.1, 0.7]]).double()
     values = torch.linspace(-1, 1, levels).double()

@@ -1,6 +1,7 @@
 """The forward process: F1-F5 and R2 of the derivation, on every schedule."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_transitions_compose_to_the_marginal_on_any_grid(name):
     process = schedule(name)
     alpha, var = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     times = [0.0, *random_times(50).tolist(), 1.0]
-    for s, t in zip(times[:-1], times[1:], strict=True):
+    for s, t in pairwise(times):
         a, v = process.transition(s, t)
         alpha, var = a * alpha, a**2 * var + v
     alpha_T, sigma_T = process(1.0)
@@ -169,7 +170,7 @@ def test_a_curve_that_is_not_a_noising_chain_is_refused_with_the_place():
 def test_what_the_chain_has_not_forgotten_falls_with_its_last_log_snr():
     x_0 = torch.randn(100, 8, generator=stream(3))
     left = [float(P.cosine(log_snr_min=end).terminal_kl(x_0).mean()) for end in (-2, -4, -8, -12, -16)]
-    assert all(a > 2 * b for a, b in zip(left[:-1], left[1:], strict=True))
+    assert all(a > 2 * b for a, b in pairwise(left))
     assert 0 <= left[-1] < 1e-6
     assert float(P.straight().terminal_kl(x_0).abs().max()) == 0
 

@@ -1,10 +1,10 @@
 """Samplers: exactness, equivalence, measured order, and what an example depends on."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
-from oracles import COMBINATIONS, exact
 
 from ancestral import toys
 from ancestral.diffusion import process as P
@@ -27,6 +27,7 @@ from ancestral.diffusion.sample import (
 from ancestral.errors import OptionError
 from ancestral.nets import MLP
 from ancestral.rng import randn, stream, streams
+from oracles import COMBINATIONS, exact
 
 MEAN, COV = torch.tensor([0.3, -0.6]), torch.tensor([[0.5, 0.2], [0.2, 0.3]])
 
@@ -97,7 +98,7 @@ def test_ancestral_sampling_of_a_gaussian_reproduces_its_mean_and_covariance(nam
 
 @pytest.mark.parametrize("variance", ["beta", "fixed-small"])
 def test_ancestral_sampling_with_fixed_variances_converges_to_the_law(variance):
-    """The moments of the samples approach the data's in proportion to 1/T, from above with beta, from below with beta~."""
+    """The variance of the samples approaches the data's as 1/T, from above with beta, from below with beta~."""
     process, S = P.linear(), 0.25
     oracle = OracleDenoiser(toys.gaussian(torch.tensor([0.3]), torch.tensor([[S]])), process)
 
@@ -105,7 +106,7 @@ def test_ancestral_sampling_with_fixed_variances_converges_to_the_law(variance):
         """Exact propagation of mean and variance: the reverse chain of a Gaussian is affine."""
         mean, var = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
         times = [*uniform(T).tolist(), 0.0]
-        for t, s in zip(times[:-2], times[1:-1], strict=True):
+        for t, s in pairwise(times[:-1]):
             probe = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
             (shift, shifted), noise = _affine(oracle, probe, s, t, variance)
             mean, var = shift + (shifted - shift) * mean, (shifted - shift) ** 2 * var + noise

@@ -6,16 +6,14 @@ from the lower left corner, so that what is aligned in one figure is aligned in 
 """
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ancestral import data as sources
@@ -26,22 +24,35 @@ from ancestral.diffusion.likelihood import Bound, mean_and_stderr
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.process import Process
 from ancestral.errors import RunError
-from ancestral.measure.evaluate import DRAWS, evaluate
+from ancestral.measure.evaluate import evaluate
 from ancestral.rng import randn, stream
 from ancestral.training import checkpoint, recipes, train
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+Colour = str | tuple[float, float, float]
 
 INK, MUTED, FAINT = "#1d2733", "#66717d", "#dfe4e8"
-SIGNAL, NOISE, LEARNED = "#1f4e79", "#8c98a4", "#c4512d"
-"""Data is blue, noise grey, and what a network has learnt vermilion; they differ in lightness as well as in hue."""
+BLUE, GREY, RED = "#1f4e79", "#7f8b97", "#c4512d"
+"""Data is blue, noise is grey, what a network has learnt is red: they differ in lightness as well as in hue."""
 
 WIDTH, DPI = 9.0, 150
 LARGE, NORMAL, SMALL = 14, 13, 11.5  # points
 TIMES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
-ROLL = ("mlp.width=96", "mlp.depth=3", "training.batch=256", "training.rate=3e-3")
+EDGE = 2.8  # of the plane that is shown, in standard deviations of the data
+DOT: dict[str, Any] = {
+    "markersize": 7.5,
+    "markeredgecolor": "white",
+    "markeredgewidth": 1.2,
+    "clip_on": False,
+    "zorder": 5,
+}
+"""A measured value: the white rim keeps it apart from the line it should lie on."""
+ROLL = ("mlp.width=64", "mlp.depth=3", "training.batch=512", "training.rate=3e-3")
+CHAIN = 200  # steps of the learned reverse chain
 BINS = 60
 
 
@@ -51,99 +62,87 @@ BINS = 60
 def families() -> "Figure":
     """How x and z are related in a GAN, a VAE, a flow and a diffusion, and what each can say about log p(x).
 
-    Reference: Goodfellow et al. (2014); Kingma & Welling (2014); Dinh et al. (2015); Sohl-Dickstein et al. (2015).
+    References: Goodfellow et al. (2014); Kingma & Welling (2014); Dinh et al. (2015); Sohl-Dickstein et al. (2015).
     """
-    figure = _sheet(6.3)
+    figure = _sheet(6.1)
     axes = _canvas(figure)
-    columns, rows = (1.75, 2.8, 3.85, 4.9, 5.95), (5.1, 3.7, 2.4, 0.95)
-    c1, c2, c3, c4, c5 = columns
-    gan, vae, flow, diffusion = rows
-
-    for x, word, colour in ((c1 - 0.24, "data", SIGNAL), (2.05, "noise", NOISE), (2.62, "learned", LEARNED)):
-        axes.text(x, 5.98, word, color=colour, size=SMALL, va="center")
-    axes.text(6.62, 5.98, "learns, and what it says of $\\log p(x)$", color=MUTED, size=SMALL, va="center")
-    says = {
-        gan: ("GAN", "a game: $G$ makes, $D$ judges", "none"),
-        vae: ("VAE", "to encode and to decode", "lower bound"),
-        flow: ("Flow", "one invertible map", "exact"),
-        diffusion: ("Diffusion", "to undo each step of noise", "lower bound, term by term"),
-    }
-    for y, (name, learns, likelihood) in says.items():
-        axes.text(0.3, y, name, size=LARGE, weight="bold", color=INK, va="center")
-        axes.text(6.62, y + 0.13, learns, size=NORMAL, color=INK, va="center")
-        axes.text(6.62, y - 0.15, likelihood, size=NORMAL, color=SIGNAL, va="center", weight="bold")
-    for above, below in pairwise((5.75, *((a + b) / 2 for a, b in pairwise(rows)))):
-        axes.plot([0.3, WIDTH - 0.2], [below, below], color=FAINT, linewidth=1)
-        assert above > below
-
-    up, down = gan + 0.3, gan - 0.3
-    _node(axes, c1, up, "z", NOISE)
-    _box(axes, c2, up, "G")
-    _node(axes, c3, up, "x'", SIGNAL, made=True)
-    _node(axes, c3, down, "x", SIGNAL)
-    _box(axes, c4, gan, "D")
-    axes.text(c5, gan, "real?", size=NORMAL, color=INK, ha="center", va="center")
-    for start, end in (((c1, up), (c2, up)), ((c2, up), (c3, up)), ((c3, up), (c4, gan)), ((c3, down), (c4, gan))):
-        _arrow(axes, start, end)
-    _arrow(axes, (c4, gan), (c5, gan))
-
-    _node(axes, c1, vae, "x", SIGNAL)
-    _box(axes, c2, vae, r"q_\phi(z\,|\,x)")
-    _node(axes, c3, vae, "z", NOISE)
-    _box(axes, c4, vae, r"p_\theta(x\,|\,z)")
-    _node(axes, c5, vae, "x'", SIGNAL, made=True)
-    for left, right in pairwise(columns):
-        _arrow(axes, (left, vae), (right, vae))
-
-    _node(axes, c1, flow, "x", SIGNAL)
-    _box(axes, c2, flow, "f_1")
-    _box(axes, c4, flow, "f_K")
-    _node(axes, c5, flow, "z", NOISE)
-    for k, x in enumerate(columns):
-        shade = _mix(SIGNAL, NOISE, k / 4)
-        if x != c3:
-            _node(axes, x, diffusion, ("x_0", "x_1", "", "x_{T-1}", "x_T")[k], shade)
-    for y, forward, backward in (
-        (flow, "f", "f^{\\,-1}"),
-        (diffusion, r"q(x_t\,|\,x_{t-1})", r"p_\theta(x_{t-1}\,|\,x_t)"),
+    columns, (gan, vae, flow, diffusion) = (1.65, 2.7, 3.75, 4.8, 5.85), (4.57, 3.27, 2.12, 0.78)
+    for y, name, learns, says in (
+        (5.7, "", "what it learns", r"$\log p(x)$"),
+        (gan, "GAN", "a game: $G$ makes, $D$ judges", "none"),
+        (vae, "VAE", "to encode and to decode", "lower bound"),
+        (flow, "Flow", "one invertible map", "exact"),
+        (diffusion, "Diffusion", "to undo each step of noise", "lower bound, term by term"),
     ):
-        axes.text(c3, y, r"$\cdots$", size=LARGE, color=MUTED, ha="center", va="center")
-        axes.text(c3, y + 0.36, f"${forward}$", size=NORMAL, color=MUTED, ha="center", va="center")
-        axes.text(c3, y - 0.36, f"${backward}$", size=NORMAL, color=LEARNED, ha="center", va="center")
-        for left, right in pairwise(columns):
-            _arrow(axes, (left, y + 0.08), (right, y + 0.08))
-            _arrow(axes, (right, y - 0.08), (left, y - 0.08), LEARNED)
+        _write(axes, 0.3, y, name, size=LARGE, weight="bold", va="center")
+        _write(axes, 6.5, y + 0.13, learns, va="center")
+        _write(axes, 6.5, y - 0.14, says, BLUE, va="center", weight="bold")
+    for x, name, colour, marker in ((1.47, "data", BLUE, "o"), (2.37, "noise", GREY, "o"), (3.36, "learned", RED, "s")):
+        axes.scatter(x, 5.7, s=80, marker=marker, facecolor=colour)
+        _write(axes, x + 0.15, 5.69, name, va="center")
+    axes.hlines((5.32, 3.82, 2.71, 1.52), 0.3, WIDTH - 0.3, color=FAINT, linewidth=1)
+
+    def row(y: float, *things: tuple[str, str, Colour]) -> list[_Place]:
+        return [_place(axes, x, y, *thing) for x, thing in zip(columns, things, strict=False)]
+
+    data, noise, made = ("full", "x", BLUE), ("full", "z", GREY), ("hollow", r"\tilde{x}", BLUE)
+    z, G, fake = row(gan + 0.32, noise, ("box", "G", RED), made)
+    real, D = _place(axes, columns[2], gan - 0.32, *data), _place(axes, columns[3], gan, "box", "D", RED)
+    verdict = _place(axes, columns[4], gan, "bare", r"\mathrm{real?}", INK)
+    for pair in ((z, G), (G, fake), (fake, D), (real, D), (D, verdict)):
+        _arrows(axes, pair)
+
+    encoder, decoder = ("box", r"q_\phi(z\,|\,x)", RED), ("box", r"p_\theta(x\,|\,z)", RED)
+    _arrows(axes, row(vae, data, encoder, noise, decoder, made))
+
+    dots = ("bare", r"\cdots", INK)
+    maps = row(flow, data, ("box", "f_1", RED), dots, ("box", "f_K", RED), noise)
+    early, late = ("full", "x_1", _mix(BLUE, GREY, 0.25)), ("full", "x_{T-1}", _mix(BLUE, GREY, 0.75))
+    chain = row(diffusion, ("full", "x_0", BLUE), early, dots, late, ("full", "x_T", GREY))
+    for places, lift, name, colour in (
+        (maps, 0.08, "$f$", RED),
+        (maps[::-1], -0.08, "$f^{-1}$", RED),
+        (chain, 0.08, r"$q(x_t\,|\,x_{t-1})$", MUTED),
+        (chain[::-1], -0.08, r"$p_\theta(x_{t-1}\,|\,x_t)$", RED),
+    ):
+        _arrows(axes, places, colour, lift)
+        _write(axes, columns[2], places[2].y + 4.5 * lift, name, colour, ha="center", va="center")
     return _typeset(figure)
 
 
-def _node(axes: "Axes", x: float, y: float, name: str, colour: str, *, made: bool = False) -> None:
-    from matplotlib.patches import Circle
+@dataclass(frozen=True)
+class _Place:
+    """Something in the diagram that arrows start from and end at."""
 
-    face = _mix(colour, "#ffffff", 0.88) if made else colour
-    axes.add_patch(Circle((x, y), 0.27, facecolor=face, edgecolor=colour, linewidth=1.4, zorder=3))
-    ink = colour if made else "white"
-    axes.text(x, y - 0.01, f"${name}$", size=LARGE, color=ink, ha="center", va="center", zorder=4)
-
-
-def _box(axes: "Axes", x: float, y: float, name: str) -> None:
-    from matplotlib.patches import FancyBboxPatch
-
-    frame = FancyBboxPatch(
-        (x - 0.37, y - 0.19), 0.74, 0.38, boxstyle="round,pad=0,rounding_size=0.08", zorder=3, linewidth=1.4
-    )
-    frame.set(facecolor=_mix(LEARNED, "#ffffff", 0.93), edgecolor=LEARNED)
-    axes.add_patch(frame)
-    axes.text(x, y - 0.01, f"${name}$", size=NORMAL, color=LEARNED, ha="center", va="center", zorder=4)
+    x: float
+    y: float
+    outline: "Patch"
 
 
-def _arrow(axes: "Axes", start: tuple[float, float], end: tuple[float, float], colour: str = MUTED) -> None:
-    """An arrow between two places of the diagram, short of what is drawn there."""
+def _place(axes: "Axes", x: float, y: float, shape: str, name: str, colour: Colour) -> _Place:
+    """A variable is a full circle, or a hollow one if a model made it; a network is a box; the rest is bare."""
+    from matplotlib.patches import Circle, FancyBboxPatch
+
+    outline: Patch = Circle((x, y), 0.26)
+    if shape == "box":
+        outline = FancyBboxPatch((x - 0.37, y - 0.2), 0.74, 0.4, boxstyle="round,pad=0,rounding_size=0.08")
+    outline.set(facecolor=colour if shape == "full" else _mix(colour, "white", 0.92), edgecolor=colour)
+    outline.set(linewidth=1.5, zorder=3, visible=shape != "bare")
+    axes.add_patch(outline)
+    ink, size = "white" if shape == "full" else colour, NORMAL if shape == "box" else LARGE
+    _write(axes, x, y - 0.01, f"${name}$", ink, size=size, ha="center", va="center", zorder=4)
+    return _Place(x, y, outline)
+
+
+def _arrows(axes: "Axes", places: Sequence[_Place], colour: Colour = MUTED, lift: float = 0.0) -> None:
+    """From each place to the next, outline to outline, that much above the line between their centres."""
     from matplotlib.patches import FancyArrowPatch
 
-    line = FancyArrowPatch(
-        start, end, arrowstyle="-|>", mutation_scale=11, shrinkA=31, shrinkB=31, color=colour, linewidth=1.3
-    )
-    axes.add_patch(line)
+    for a, b in pairwise(places):
+        ends = (a.x, a.y + lift), (b.x, b.y + lift)
+        arrow = FancyArrowPatch(*ends, patchA=a.outline, patchB=b.outline, shrinkA=4, shrinkB=4, arrowstyle="-|>")
+        arrow.set(mutation_scale=12, color=colour, linewidth=1.4)
+        axes.add_patch(arrow)
 
 
 # The forward chain.
@@ -193,66 +192,79 @@ def forward_chain(
     Args:
         process: the forward process.
         facts: of the data.
-        images: held-out examples in the data's units, shape (B, ...): the first three are shown, all are measured.
+        images: held-out examples in the data's units, shape (B, ...): all are measured, and shown are the first and
+            the last image, or every point of the plane.
         times: at which to show and to measure.
         seed: of the noise.
     """
     x_0 = facts.scale.forward(images)
     walk = forward_walk(process, x_0, times, seed=seed)
-    rows = min(3, len(images)) if facts.is_image else 1
-    gap, left, right = 0.12, 0.3, 8.7
-    side = (right - left - (len(times) - 1) * gap) / len(times)
-    figure = _sheet(rows * (side + gap) + 3.75)
-    top = figure.get_size_inches()[1] - 0.55
+    rows, gap, left = (0, -1) if facts.is_image else (0,), 0.13, 0.3
+    side = (WIDTH - 2 * left + gap) / len(times) - gap
+    height = len(rows) * (side + gap) + 4.2
+    figure = _sheet(height)
+    canvas, top = _canvas(figure), height - 0.6
     for column, (t, x_t) in enumerate(zip(times, walk, strict=True)):
         x = left + column * (side + gap)
-        _write(figure, x + side / 2, top + 0.14, f"$t={t:g}$", ha="center", size=NORMAL)
-        for row in range(rows):
-            panel = _axes(figure, x, top - side - row * (side + gap), side, side)
+        _write(canvas, x + side / 2, top + 0.14, f"$t={t:g}$", ha="center")
+        for row, example in enumerate(rows):
+            panel = _framed(figure, x, top - side - row * (side + gap), side)
             if facts.is_image:
-                reach = float(process(t)[0]) * float(x_0[:rows].abs().max()) + 2 * float(process(t)[1])
-                picture = ((x_t[row] / reach + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
-                panel.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-                panel.axis("off")
+                alpha_t, sigma_t = process(t)
+                picture = x_t[example] / (alpha_t * x_0.abs().max() + 2 * sigma_t)
+                shade = (picture / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+                panel.imshow(shade, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             else:
-                _cloud(panel, x_t.flatten(1).numpy())
+                _cloud(panel, x_t.flatten(1), BLUE)
 
-    high, wide = 2.0, 3.35
-    curves, ratio = _axes(figure, 0.75, 0.65, wide, high), _axes(figure, 5.25, 0.65, wide, high)
-    t = torch.linspace(0, 1, 401, dtype=torch.float64)
-    dots = [regressed(x_0, x_t) for x_t in walk]
-    for coefficient, index, colour, name in zip(
-        process(t), (0, 1), (SIGNAL, NOISE), (r"$\alpha_t$", r"$\sigma_t$"), strict=True
-    ):
-        curves.plot(t, coefficient, color=colour, linewidth=2, clip_on=False)
-        curves.plot(times, [dot[index] for dot in dots], **_dot(colour))
-        curves.text(1.05, float(coefficient[-1]), name, color=colour, size=LARGE, va="center")
-    ratio.axhline(0, color=FAINT, linewidth=1, zorder=0)
-    ratio.plot(t, process.log_snr(t), color=INK, linewidth=2)
-    sure = [(at, 2 * np.log(a / s)) for at, (a, s, error) in zip(times, dots, strict=True) if s and a > 4 * error]
-    ratio.plot(*zip(*sure, strict=True), **_dot(INK))
-    ratio.set(ylim=(max(-20.0, float(process.log_snr(1.0))) - 1, 12))
-    if process(1.0)[1] > 2:
-        curves.set_yscale("log")
-    else:
-        curves.set(ylim=(0, 1), yticks=[0, 0.5, 1])
-    for panel, title in ((curves, "signal and noise"), (ratio, r"$\log(\alpha_t^2/\sigma_t^2)$, nats")):
-        panel.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xticklabels=["0", "", "0.5", "", "1"])
-        panel.set_xlabel("$t$", size=NORMAL, color=INK, labelpad=0)
-        panel.set_title(title, loc="left", size=NORMAL, color=INK, pad=10)
+    _coefficients(figure, process, times, [regressed(x_0, x_t) for x_t in walk])
+    lines = "Lines: the closed form. Dots: regressed on $x_0$"
+    walked = rf"{lines} from {len(images):,} held-out examples after a walk of $q(x_t\,|\,x_s)$."
+    _write(canvas, left, 0.25, walked, MUTED, size=SMALL)
     return _typeset(figure)
 
 
-def _cloud(panel: "Axes", points: NDArray[np.float32]) -> None:
-    """Points in the plane, or the histogram of every number in examples that are not pairs."""
-    if points.shape[1] == 2:
-        panel.scatter(*points[:2000].T, s=2.2, color=SIGNAL, alpha=0.6, linewidths=0)
-        panel.set(xlim=(-3.2, 3.2), ylim=(-3.2, 3.2), xticks=[], yticks=[], aspect="equal")
-        panel.spines[:].set(visible=True, color=FAINT)
+def _coefficients(
+    figure: "Figure", process: Process, times: Sequence[float], measured: Sequence[tuple[float, float, float]]
+) -> None:
+    """The curves of a process, and what was measured at some times as dots."""
+    curves, ratio = _axes(figure, 0.75, 1.05, 3.3, 1.95), _axes(figure, 5.3, 1.05, 3.3, 1.95)
+    t = torch.linspace(0, 1, 401, dtype=torch.float64)
+    alpha, sigma = process(t)
+    slopes, spreads, _ = zip(*measured, strict=True)
+    for line, dots, colour, name in ((alpha, slopes, BLUE, r"$\alpha_t$"), (sigma, spreads, GREY, r"$\sigma_t$")):
+        curves.plot(t, line, color=colour, linewidth=2, clip_on=False)
+        curves.plot(times, dots, "o", color=colour, **DOT)
+        _write(curves, 1.05, float(line[-1]), name, colour, size=LARGE, va="center")
+    if sigma[-1] > 2:
+        curves.set_yscale("log")
     else:
-        panel.hist(points.flatten(), bins=40, range=(-3.2, 3.2), color=SIGNAL)
-        panel.set(xticks=[], yticks=[])
-        panel.spines["left"].set_visible(False)
+        curves.set(ylim=(0, 1), yticks=[0, 0.5, 1], yticklabels=["0", "0.5", "1"])
+    ratio.axhline(0, color=FAINT, linewidth=1, zorder=0)
+    ratio.plot(t, process.log_snr(t), color=INK, linewidth=2)
+    for time, (slope, spread, error) in zip(times, measured, strict=True):
+        if spread > 0 and slope > 4 * error:
+            ratio.plot(time, 2 * math.log(slope / spread), "o", color=INK, **DOT)
+    ratio.set(ylim=(-11, 11), yticks=[-10, -5, 0, 5, 10])
+    _over_time(curves, "signal and noise", "$t$")
+    _over_time(ratio, r"$\log(\alpha_t^2/\sigma_t^2)$, nats", "$t$")
+
+
+def _framed(figure: "Figure", left: float, bottom: float, side: float) -> "Axes":
+    """A square in a faint frame, without ticks."""
+    panel = _axes(figure, left, bottom, side, side)
+    panel.set(xticks=[], yticks=[])
+    panel.spines[:].set(visible=True, color=FAINT)
+    return panel
+
+
+def _cloud(panel: "Axes", points: Tensor, colour: str) -> None:
+    """Pairs as points in the plane; anything else as the histogram of all its numbers."""
+    if points.shape[1] == 2:
+        panel.scatter(points[:2000, 0], points[:2000, 1], s=2.5, color=colour, alpha=0.55, linewidths=0)
+        panel.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE))
+    else:
+        panel.hist(points.flatten().numpy(), bins=40, range=(-EDGE, EDGE), color=colour)
 
 
 # A swiss roll, there and back.
@@ -271,10 +283,10 @@ def learn_roll(*, steps: int, seed: int = 0, progress: Progress | None = None) -
     return model.eval(), data
 
 
-def swiss_roll(seed: int = 0, steps: int = 2000, progress: Progress | None = None) -> "Figure":
-    """A swiss roll carried to a Gaussian by the forward chain, and out of another one by a chain that was learnt.
+def swiss_roll(seed: int = 0, steps: int = 2500, progress: Progress | None = None) -> "Figure":
+    """A swiss roll carried to a Gaussian by the forward chain, and out of another one by a chain that was learned.
 
-    The arrows are the drift of the learnt chain, the mean of p_theta(x_s|x_t) less x_t.
+    The arrows are the drift of the learned chain, mu_theta(x_t, t) - x_t, their lengths drawn by their square roots.
 
     Reference: Sohl-Dickstein et al. (2015), figure 1.
 
@@ -284,31 +296,41 @@ def swiss_roll(seed: int = 0, steps: int = 2000, progress: Progress | None = Non
         progress: told (what, done, of).
     """
     model, data = learn_roll(steps=steps, seed=seed, progress=progress)
-    times, chain, n = (0.0, 0.25, 0.5, 0.75, 1.0), 200, 2000
+    times, n = (0.0, 0.25, 0.5, 0.75, 1.0), 2000
     there = forward_walk(model.process, data.facts.scale.forward(data.held_out[:n]), times, seed=seed)
-    path = {round(point.t, 6): point.x for point in model.sample_path(n, steps=chain, rng=seed)}
+    back = {point.t: point.x for point in model.sample_path(n, steps=CHAIN, rng=seed)}
 
-    gap, left, side = 0.2, 0.75, 1.46
-    figure = _sheet(2 * side + 1.45)
-    upper, lower = side + 0.75, 0.3
-    ticks = torch.linspace(-2.6, 2.6, 12)
-    places = torch.cartesian_prod(ticks, ticks)
+    gap, left = 0.32, 0.3
+    side = (WIDTH - 2 * left + gap) / len(times) - gap
+    upper, lower = side + 1.05, 0.55
+    figure = _sheet(2 * side + 1.6)
+    canvas = _canvas(figure)
+    _write(canvas, left, upper + side + 0.17, r"noise is added: $q(x_t\,|\,x_{t-1})$", BLUE)
+    _write(canvas, WIDTH - left, 0.22, r"and taken away: $p_\theta(x_{t-1}\,|\,x_t)$, learned", RED, ha="right")
+    _write(canvas, left, 0.22, r"arrows: where a step leads, $\mu_\theta(x_t, t) - x_t$", MUTED, size=SMALL)
     for column, (t, x_t) in enumerate(zip(times, there, strict=True)):
         x = left + column * (side + gap)
-        _write(figure, x + side / 2, upper + side + 0.14, f"$t={t:g}$", ha="center", size=NORMAL)
-        forward, back = _axes(figure, x, upper, side, side), _axes(figure, x, lower, side, side)
-        _cloud(forward, x_t.numpy())
-        _cloud(back, path[t].numpy())
-        back.collections[0].set_color(LEARNED)
-        at = max(t, 1 / chain)
-        with torch.no_grad():
-            drift = reverse(model.denoiser, places, at - 1 / chain, at)[0] - places
-        length = drift.norm(dim=1, keepdim=True)
-        arrows = drift / length.quantile(0.9).clamp(min=1e-12) * 0.4
-        back.quiver(
-            *places.T, *arrows.T, color=INK, angles="xy", scale_units="xy", scale=1, width=0.006, alpha=0.7
-        )
+        above, below = _framed(figure, x, upper, side), _framed(figure, x, lower, side)
+        _cloud(above, x_t, BLUE)
+        _cloud(below, back[t], RED)
+        _drift(below, model, max(t, 2 / CHAIN))
+        _write(canvas, x + side / 2, lower + side + 0.2, f"$t={t:g}$", ha="center")
+        for y, arrow, colour in ((upper, r"$\rightarrow$", BLUE), (lower, r"$\leftarrow$", RED)):
+            if column:
+                _write(canvas, x - gap / 2, y + side / 2, arrow, colour, size=LARGE, ha="center", va="center")
     return _typeset(figure)
+
+
+def _drift(panel: "Axes", model: Diffusion, t: float) -> None:
+    ticks = torch.linspace(-0.9 * EDGE, 0.9 * EDGE, 9)
+    x_t = torch.cartesian_prod(ticks, ticks)
+    with torch.no_grad():
+        drift = reverse(model.denoiser, x_t, t - 1 / CHAIN, t)[0] - x_t
+    length = drift.norm(dim=1, keepdim=True)
+    arrows = 0.55 * drift / (length * length.quantile(0.9)).sqrt()
+    panel.quiver(
+        *x_t.T, *arrows.T, color=INK, pivot="mid", angles="xy", scale_units="xy", scale=1, width=0.009, headwidth=3.5
+    )
 
 
 # The terms of the bound.
@@ -332,7 +354,7 @@ class Binned:
 
 
 def binned(bound: Bound, bins: int = BINS) -> Binned:
-    """The middle terms in at most so many bins, cut where the strata are cut, so that sizes * mean adds up to their sum.
+    """The middle terms in at most so many bins, cut between strata, so that sizes * mean adds up to their sum.
 
     Args:
         bound: of at least two examples.
@@ -367,29 +389,69 @@ def terms(bound: Bound, facts: Facts) -> "Figure":
         return facts.bits_per_dim(nats) if facts.levels else nats
 
     parts = binned(bound)
-    edges, mean, error = parts.edges, unit(parts.mean), 1.96 * unit(parts.stderr)
-    middle = (edges[:-1] + edges[1:]) / 2
-    ends = {
-        "decoder": ("$L_0$", float(bound.times[0]), LEARNED, unit(bound.decoder)),
-        "prior": ("$L_T$", 1.0, NOISE, unit(bound.prior)),
-    }
+    edges, heights, errors = parts.edges, unit(parts.mean), 1.96 * unit(parts.stderr)
+    L_0, L_T, total = (unit(nats.mean()) for nats in (bound.decoder, bound.prior, bound.nats))
+    running = torch.cat([L_0[None], L_0 + (parts.sizes * heights).cumsum(0)])
 
-    figure = _sheet(6.2)
-    left, wide = 0.85, 6.3
-    each, total = _axes(figure, left, 3.2, wide, 2.45), _axes(figure, left, 0.6, wide, 1.9)
+    figure = _sheet(6.5)
+    canvas, each, summed = _canvas(figure), _axes(figure, 0.85, 3.85, 5.4, 2.1), _axes(figure, 0.85, 1.05, 5.4, 2.0)
+    low, high = float(heights.clamp(min=1e-9).min()) / 10, 3 * float(torch.maximum(heights.max(), L_0).clamp(min=1e-6))
+    each.stairs(heights, edges, baseline=None, color=BLUE, linewidth=2)
+    each.errorbar((edges[:-1] + edges[1:]) / 2, heights, errors, fmt="none", ecolor=BLUE, elinewidth=1.3)
+    _beside(each, "$L_{t-1}$", 0.5, float(heights[len(heights) // 2]), BLUE)
+    for name, t, nats, colour in (("L_0", float(edges[0]), bound.decoder, RED), ("L_T", 1.0, bound.prior, GREY)):
+        mean, stderr = (float(unit(number)) for number in mean_and_stderr(nats))
+        if mean > low:
+            each.errorbar(t, mean, 1.96 * stderr, fmt="o", ecolor=colour, elinewidth=1.3, color=colour, **DOT)
+            _beside(each, f"${name}$", t, mean, colour)
+        else:
+            each.plot(t, low, "v", color=colour, **DOT)
+            _beside(each, f"${name} = {_power(mean)}$", t, low, colour)
+    each.set(yscale="log", ylim=(low, high))
+    each.minorticks_off()
 
-    each.hlines(mean, edges[:-1], edges[1:], color=SIGNAL, linewidth=2)
-    each.errorbar(middle, mean, error, fmt="none", ecolor=SIGNAL, elinewidth=1.2)
-    for name, (symbol, t, colour, values) in ends.items():
-        value, stderr = (float(number) for number in mean_and_stderr(values))
-        if value > 0:
-            each.errorbar([t], [value], [1.96 * stderr], color=colour, elinewidth=1.2, clip_on=False, **_marker(colour))
-    each.set(yscale="log")
+    summed.axhline(0, color=FAINT, linewidth=1, zorder=0)
+    summed.plot(edges, running, color=BLUE, linewidth=2, clip_on=False)
+    for t, ends, colour in ((0, (0.0, float(L_0)), RED), (1, (float(running[-1]), float(total)), GREY)):
+        summed.plot([t, t], ends, color=colour, linewidth=4, solid_capstyle="butt", clip_on=False, zorder=3)
+    summed.plot(1, total, "o", color=INK, **DOT)
+    _over_time(each, f"one term of the bound, {facts.unit}")
+    _over_time(summed, f"sum from $L_0$ up to $L_{{t-1}}$, {facts.unit}", "$t/T$")
 
-    running = torch.cat([torch.zeros(1), (mean * parts.sizes).cumsum(0)]) + ends["decoder"][3].mean()
-    total.fill_between(edges, 0, running, color=SIGNAL, alpha=0.08, linewidth=0)
-    total.plot(edges, running, color=SIGNAL, linewidth=2)
+    error = 1.96 * float(unit(mean_and_stderr(bound.nats)[1]))
+    table = (
+        (2.88, "prior", "$L_T$", _short(float(L_T)), GREY),
+        (2.55, "diffusion", r"$\sum\, L_{t-1}$", _short(float(running[-1] - L_0)), BLUE),
+        (2.22, "decoder", "$L_0$", _short(float(L_0)), RED),
+        (1.76, "bound", "", _short(float(total)), INK),
+        (1.43, "", "", rf"$\pm$ {_short(error)}", INK),
+    )
+    for y, name, symbol, value, colour in table:
+        _write(canvas, 6.65, y, name, colour)
+        _write(canvas, 7.45, y, symbol, colour)
+        _write(canvas, 8.75, y, value, colour, ha="right")
+    canvas.hlines(2.08, 6.65, 8.75, color=MUTED, linewidth=1)
+    note = f"Means over {len(bound.nats):,} held-out examples with 95% intervals"
+    middle = len(bound.times) - 1
+    if middle > len(heights):
+        note += f"; the {middle:,} middle terms are averaged in {len(heights)} bins"
+    _write(canvas, 0.3, 0.25, f"{note}.", MUTED, size=SMALL)
     return _typeset(figure)
+
+
+def _beside(axes: "Axes", name: str, x: float, y: float, colour: str) -> None:
+    axes.annotate(name, (x, y), (9, 7), textcoords="offset points", color=colour, size=NORMAL, annotation_clip=False)
+
+
+def _short(value: float) -> str:
+    """Three decimals, and no zero for what is merely small."""
+    return "< 0.001" if 0 < value < 0.0005 else f"{value:.3f}".replace("-", "\u2212")
+
+
+def _power(value: float) -> str:
+    """One digit and a power of ten, or two decimals if it is not small, as mathtext."""
+    digit, exponent = f"{value:.0e}".split("e")
+    return rf"{digit}\times 10^{{{int(exponent)}}}" if 0 < value < 0.01 else f"{value:.2f}"
 
 
 # A run's figures.
@@ -410,38 +472,41 @@ def draw_all(run: Path, out: Path, *, seed: int = 0, progress: Progress | None =
     Raises:
         UserError: in one sentence, if the run or its data cannot be read.
     """
-    model, data = checkpoint.load(run), _data(run, progress)
-    measured = evaluate(model, data, n=200, draws=DRAWS, seed=seed, progress=progress)
+    model, data = checkpoint.load(run), _data(run.resolve(), progress)
+    n, every = 200 if len(model.facts.shape) == 3 else 2000, max(1, len(data.held_out) // 500)
+    measured = evaluate(model, data, n=n, seed=seed, progress=progress)
     figures: dict[str, Callable[[], Figure]] = {
         "families": families,
-        "forward": lambda: forward_chain(model.process, model.facts, data.held_out[:500], seed=seed),
-        "terms": lambda: terms(measured.bound, model.facts),
+        "forward": lambda: forward_chain(model.process, model.facts, data.held_out[::every], seed=seed),
         "swiss-roll": lambda: swiss_roll(seed, progress=progress),
+        "terms": lambda: terms(measured.bound, model.facts),
     }
     out.mkdir(parents=True, exist_ok=True)
-    written = {}
-    for name, figure in figures.items():
-        written[name] = out / f"{name}.png"
-        save(figure(), written[name], {"figure": name, "run": run.name, "seed": seed})
-    return written
+    paths = {name: out / f"{name}.png" for name in figures}
+    for name, path in paths.items():
+        save(figures[name](), path, {"figure": name, "run": run.name, "seed": seed})
+    return paths
 
 
-def save(figure: "Figure", path: Path, recipe: dict[str, Any]) -> None:
-    """Write a figure as a PNG with its recipe inside: the same figure gives the same bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def save(figure: "Figure", path: Path, recipe: Mapping[str, Any]) -> None:
+    """Write a figure as a PNG with its recipe inside, as `draw.read_recipe` finds it: equal figures, equal bytes.
 
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    draw.save_png(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()), path, recipe)
+    Raises:
+        FileExistsError: a figure is never overwritten.
+    """
+    with path.open("xb") as file:
+        words = {"Software": None, draw.KEY: json.dumps(recipe, sort_keys=True)}
+        figure.savefig(file, format="png", dpi=DPI, metadata=words)
 
 
 def _data(run: Path, progress: Progress | None) -> Data:
-    """The data that a run was trained on, read again."""
+    """The data that a run was trained on, read again; `run` may be a checkpoint inside it."""
+    home = next((path for path in (run, *run.parents[:2]) if (path / "run.json").is_file()), run)
     try:
-        record = json.loads((run / "run.json").read_bytes())["data"]
+        record = json.loads((home / "run.json").read_bytes())["data"]
         source, size, on_bad = record["source"], record["size"], record["on_bad"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{run / 'run.json'}: missing or damaged, so its data is not known; name a run directory") from None
+        raise RunError(f"{home / 'run.json'}: does not say what the run was trained on; name a run directory") from None
     return sources.load(source, size=size, on_bad=on_bad, progress=progress)
 
 
@@ -459,8 +524,18 @@ def _axes(figure: "Figure", left: float, bottom: float, width: float, height: fl
     axes = figure.add_axes((left / W, bottom / H, width / W, height / H))
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
-    axes.tick_params(which="both", color=MUTED, labelcolor=INK, labelsize=SMALL)
+    axes.tick_params(color=MUTED, labelcolor=INK, labelsize=SMALL)
     return axes
+
+
+def _over_time(axes: "Axes", title: str, label: str = "") -> None:
+    axes.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xticklabels=["0", "0.25", "0.5", "0.75", "1"])
+    axes.set_title(title, loc="left", size=NORMAL, color=INK, pad=11)
+    axes.set_xlabel(label, size=NORMAL, color=INK, labelpad=1)
+
+
+def _write(axes: "Axes", x: float, y: float, words: str, colour: Colour = INK, **how: Any) -> None:
+    axes.text(x, y, words, **{"color": colour, "size": NORMAL, **how})
 
 
 def _canvas(figure: "Figure") -> "Axes":
@@ -470,11 +545,6 @@ def _canvas(figure: "Figure") -> "Axes":
     axes.set(xlim=(0, W), ylim=(0, H))
     axes.axis("off")
     return axes
-
-
-def _write(figure: "Figure", x: float, y: float, words: str, **how: Any) -> None:
-    W, H = figure.get_size_inches()
-    figure.text(x / W, y / H, words, **{"color": INK, **how})
 
 
 def _typeset(figure: "Figure") -> "Figure":
@@ -488,20 +558,9 @@ def _typeset(figure: "Figure") -> "Figure":
     return figure
 
 
-def _dot(colour: str) -> dict[str, Any]:
-    """A measured value: a dot with a white rim, which a line does not swallow."""
-    return {
-        "linestyle": "none", "marker": "o", "markersize": 7.5, "color": colour, "markeredgecolor": "white",
-        "markeredgewidth": 1.2, "clip_on": False, "zorder": 5,
-    }
-
-
-def _marker(colour: str) -> dict[str, Any]:
-    return {"linestyle": "none", "marker": "o", "markersize": 7, "markerfacecolor": colour}
-
-
-def _mix(a: str, b: str, share: float) -> tuple[float, ...]:
+def _mix(a: Colour, b: Colour, share: float) -> Colour:
     """The colour that far from a to b."""
     from matplotlib.colors import to_rgb
 
-    return tuple((1 - share) * x + share * y for x, y in zip(to_rgb(a), to_rgb(b), strict=True))
+    red, green, blue = ((1 - share) * x + share * y for x, y in zip(to_rgb(a), to_rgb(b), strict=True))
+    return red, green, blue

@@ -90,7 +90,12 @@ def read_idx(path: Path) -> Examples:
         DataError: if the file is damaged or not as long as its header says, or holds labels alone.
     """
     labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-    return _examples([_idx_part(path, labels if labels != path and labels.is_file() else None)])
+    part = _idx_part(path, labels if labels != path and labels.is_file() else None)
+    if part.x.ndim < 2:
+        raise DataError(
+            f"{part.where}: holds single numbers, as a file of labels does: give the images or their folder"
+        )
+    return _examples([part])
 
 
 def read_idx_folder(folder: Path) -> Examples | None:
@@ -185,7 +190,7 @@ def _guarded(where: str, read: Callable[[], T]) -> T:
             warnings.simplefilter("error")  # NumPy warns of a shape that overflows before it fails
             return read()
     except Exception as error:  # a damaged or hostile file can raise nearly anything
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
         raise DataError(
             f"{where}: cannot be read as an array of numbers ({printable(reason)}): save plain numbers again"
         ) from None

@@ -124,7 +124,7 @@ class Sampler:
 
 
 def walk(step: Step, denoiser: Denoiser, start: Point, times: list[float], **options: Any) -> Iterator[Point]:
-    """The loop of every sampler: `step` over each pair of neighbours, in either direction of time, without gradients."""
+    """The loop of every sampler: `step` over neighbouring times, in either direction, without gradients."""
     point = start
     yield point
     for t, s in pairwise(times):

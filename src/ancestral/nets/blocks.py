@@ -71,7 +71,7 @@ def channel_norm(x_BCHW: Tensor) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(modulate(norm(conv(silu(x)))))), the modulation a scale and a shift per channel for the noise level."""
+    """x + conv(silu(modulate(norm(conv(silu(x)))))); the noise level modulates by a scale and a shift per channel."""
 
     def __init__(self, channels_in: int, channels: int, features: int) -> None:
         super().__init__()

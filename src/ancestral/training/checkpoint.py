@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,9 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def save_checkpoint(
-    path: Path, weights: nn.Module, setup: Setup, facts: Facts, step: int, readme: str | None = None
+    path: Path, modules: Mapping[str, nn.Module], setup: Setup, facts: Facts, step: int, readme: str | None = None
 ) -> Path:
-    """Write a checkpoint of the model's weights to `path`, which must not exist, and return the path.
+    """Write a checkpoint of every player's weights to `path`, which must not exist, and return the path.
 
     A readme goes beside the files and not into the manifest: it may be edited.
 
@@ -51,7 +52,11 @@ def save_checkpoint(
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     model = {"step": step, "setup": setup.model_dump(mode="json"), "facts": facts.model_dump(mode="json")}
-    tensors = {name: tensor.contiguous() for name, tensor in weights.state_dict().items()}
+    tensors = {
+        f"{player}.{name}": tensor.contiguous()
+        for player, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
     files = {WEIGHTS: save(tensors), MODEL: json.dumps(model, indent=2).encode() + b"\n"}
     manifest = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     try:
@@ -92,7 +97,10 @@ def load_with_setup(run: str | Path) -> tuple[Diffusion, Setup, Path]:
         record = json.loads((path / MODEL).read_bytes())
         setup, facts = recipes.read(record["setup"]), Facts.model_validate(record["facts"])
         model = recipes.build(setup, facts)
-        model.network.load_state_dict(load_file(path / WEIGHTS))
+        tensors = load_file(path / WEIGHTS)
+        for name, player in model.players().items():
+            own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+            player.module.load_state_dict({key.removeprefix(f"{name}."): tensor for key, tensor in own.items()})
     except (KeyError, ValueError, ValidationError, OptionError, SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise RunError(f"{path}: written by another version of this program and cannot be read ({reason})") from None

@@ -16,6 +16,7 @@ from ancestral.diffusion import process as processes
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError, unknown
 from ancestral.nets import MLP, UNet
+from ancestral.training.train import TrainingSection
 
 
 class Section(BaseModel):
@@ -56,23 +57,6 @@ class MLPSection(Section):
 
     width: int = Field(256, ge=1)
     depth: int = Field(4, ge=1)
-
-
-class TrainingSection(Section):
-    """How long and how to train.
-
-    Either `steps`, or `minutes`, which is turned into steps once, before the first one, by measuring the pace.
-    """
-
-    steps: int | None = Field(None, ge=1)
-    minutes: float | None = Field(None, gt=0)
-    batch: int = Field(128, ge=1)
-    rate: float = Field(2e-3, gt=0)
-    warmup: int = Field(100, ge=0)
-    weight_decay: float = Field(0.01, ge=0)
-    clip: float = Field(1.0, gt=0)
-    ema: float = Field(0.05, gt=0, lt=0.3, description="length of the average of the weights, relative to the run")
-    checkpoints: int = Field(4, ge=1, description="checkpoints and sample grids written along the way")
 
 
 class Setup(Section):

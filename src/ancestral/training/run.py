@@ -14,7 +14,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from ancestral import data as sources
 from ancestral.data import Data, draw
 from ancestral.data.dataset import OnBad, Progress
 from ancestral.diffusion.model import Diffusion
-from ancestral.errors import OptionError, RunError
+from ancestral.errors import Diverged, OptionError, RunError
 from ancestral.training import checkpoint, recipes
 from ancestral.training import train as loop
 from ancestral.training.recipes import Setup
@@ -34,6 +34,9 @@ from ancestral.training.train import Average, Record
 
 KEPT = 2
 """Checkpoints of a run that are kept; an older one is removed once a newer one is on the disk."""
+
+SHOWN, POINTS = 64, 2000
+"""Images in a grid, and points in a scatter."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +68,16 @@ class Run:
         """Train to the end, writing the run directory on the way, and yield a record after every step.
 
         A run that is interrupted or diverges leaves its last checkpoint and says so in run.json.
+
+        Raises:
+            Diverged: naming the last good checkpoint.
         """
-        (self.path / "samples").mkdir(parents=True, exist_ok=True)
-        (self.path / "checkpoints").mkdir()
-        checkpoint.write_json(self.path / "config.json", self.setup.model_dump(mode="json"))
-        self._status("training")
-        facts, section = self.data.facts, self.setup.training
-        draw.save_png(draw.grid(facts, self.data.train[:64]), self.path / "samples" / "data.png", {"data": facts.name})
+        self._open()
+        section = self.setup.training
         averages = {name: Average(player.module, section.ema) for name, player in self.model.players().items()}
-        every, shown = (
-            max(1, self.total // 500),
-            {math.ceil(self.total * (i + 1) / section.checkpoints) for i in range(section.checkpoints)},
-        )
-        step, began = 0, time.time()
+        every = max(1, self.total // 500)
+        shown = {math.ceil(self.total * (i + 1) / section.checkpoints) for i in range(section.checkpoints)}
+        step, began = 0, time.perf_counter()
         try:
             with (self.path / "metrics.jsonl").open("x", buffering=1) as metrics:
                 for record in loop.steps(self.model, self.data, section, self.total, seed=self.seed, averages=averages):
@@ -85,23 +85,24 @@ class Run:
                     if step % every == 0 or step in (1, self.total):
                         metrics.write(json.dumps(_metrics(record, section.batch)) + "\n")
                     if step in shown:
-                        self._checkpoint(averages["denoiser"], step)
+                        self._checkpoint(averages, step)
+                        self._show(averages, step)
                     yield record
-            averaged = self._averaged(averages["denoiser"])
-            checkpoint.save_checkpoint(
-                self.path / "final",
-                averaged.network,
-                self.setup,
-                facts,
-                step,
-                readme=self._card(step, time.time() - began),
-            )
-            self._status("finished", steps=step, seconds=round(time.time() - began, 1))
+            seconds = time.perf_counter() - began
+            self._save(self.path / "final", averages, step, readme=self._card(step, seconds))
+            self._status("finished", steps=step, seconds=round(seconds, 1))
+        except (KeyboardInterrupt, GeneratorExit):
+            if step and step not in shown:
+                self._checkpoint(averages, step)
+            self._status("stopped", steps=step)
+            raise
+        except Diverged as error:
+            good = checkpoint.checkpoints(self.path)
+            reason = f"{error}; " + (f"{good[-1]} is the last good checkpoint" if good else "no checkpoint was due yet")
+            self._status("diverged", steps=step, reason=reason)
+            raise Diverged(reason) from None
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt | GeneratorExit)
-            self._status("stopped" if stopped else "failed", steps=step, reason=str(error) or type(error).__name__)
-            if stopped and step and not (self.path / "checkpoints" / f"step-{step:07d}").exists():
-                self._checkpoint(averages["denoiser"], step)
+            self._status("failed", steps=step, reason=str(error) or type(error).__name__)
             raise
 
     def log(self, line: str) -> None:
@@ -110,19 +111,30 @@ class Run:
         with (self.path / "log.txt").open("a") as file:
             file.write(line + "\n")
 
-    def _averaged(self, average: Average) -> Diffusion:
-        """The model with the averaged weights in the network's place."""
-        model = recipes.build(self.setup, self.data.facts)
-        model.network.load_state_dict(average.module.state_dict())
-        return model.eval()
+    def _open(self) -> None:
+        """Make the directory, and show the data beside which samples will stand."""
+        (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        (self.path / "checkpoints").mkdir()
+        checkpoint.write_json(self.path / "config.json", self.setup.model_dump(mode="json"))
+        self._status("training")
+        facts = self.data.facts
+        image = draw.grid(facts, self.data.train[: SHOWN if facts.is_image else POINTS])
+        draw.save_png(image, self.path / "samples" / "data.png", {"data": facts.name})
 
-    def _checkpoint(self, average: Average, step: int) -> None:
-        model, facts = self._averaged(average), self.data.facts
-        checkpoint.save_checkpoint(
-            self.path / "checkpoints" / f"step-{step:07d}", model.network, self.setup, facts, step
-        )
+    def _save(self, path: Path, averages: Mapping[str, Average], step: int, readme: str | None = None) -> None:
+        modules = {name: average.module for name, average in averages.items()}
+        checkpoint.save_checkpoint(path, modules, self.setup, self.data.facts, step, readme)
+
+    def _checkpoint(self, averages: Mapping[str, Average], step: int) -> None:
+        self._save(self.path / "checkpoints" / f"step-{step:07d}", averages, step)
         checkpoint.prune(self.path, KEPT)
-        image = draw.grid(facts, model.sample(64 if facts.is_image else 2000, rng=0))
+
+    def _show(self, averages: Mapping[str, Average], step: int) -> None:
+        """Samples of the averaged weights, from the same seeds every time."""
+        model, facts = recipes.build(self.setup, self.data.facts), self.data.facts
+        for name, player in model.players().items():
+            player.module.load_state_dict(averages[name].module.state_dict())
+        image = draw.grid(facts, model.eval().sample(SHOWN if facts.is_image else POINTS, rng=0))
         recipe = {"run": self.path.name, "step": step, "sampler": "ancestral", "steps": 50, "seed": 0}
         draw.save_png(image, self.path / "samples" / f"step-{step:07d}.png", recipe)
 

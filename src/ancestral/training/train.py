@@ -12,16 +12,35 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ancestral.data import Data
 from ancestral.errors import Diverged
 from ancestral.protocol import Generative, Player
 from ancestral.rng import stream
-from ancestral.training.recipes import TrainingSection
 
 PURPOSES = {"batch": 1, "noise": 2}
 """Streams that one seed is divided into."""
+
+
+class TrainingSection(BaseModel):
+    """How long and how to train.
+
+    Either `steps`, or `minutes`, which is turned into steps once, before the first one, by measuring the pace.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int | None = Field(None, ge=1)
+    minutes: float | None = Field(None, gt=0)
+    batch: int = Field(128, ge=1)
+    rate: float = Field(2e-3, gt=0)
+    warmup: int = Field(100, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, gt=0)
+    ema: float = Field(0.05, gt=0, lt=0.3, description="length of the average of the weights, relative to the run")
+    checkpoints: int = Field(4, ge=1, description="checkpoints and sample grids written along the way")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from ancestral.data import Facts, Scale
 from ancestral.diffusion.denoise import ROWS, NetworkDenoiser, Posterior
-from ancestral.diffusion.process import CONSTRAINTS, SCHEDULES, Process
+from ancestral.diffusion.model import Diffusion
+from ancestral.diffusion.process import CONSTRAINTS, SCHEDULES, Process, cosine
+from ancestral.toys import named
 
 COMBINATIONS = [
     (schedule, predicts)
@@ -51,3 +54,26 @@ def two_point(mean: float, var: float) -> tuple[Tensor, Tensor]:
     sign = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
     eps = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     return (mean + var**0.5 * sign)[:, None], eps[:, None]
+
+
+def plain_facts(dim: int) -> Facts:
+    """Facts of real-valued vectors that are already in the model's units."""
+    return Facts(
+        name="plain",
+        source="plain",
+        shape=(dim,),
+        levels=None,
+        scale=Scale(offset=(0.0,), factor=(1.0,)),
+        classes=None,
+        n_train=2,
+        n_held_out=1,
+        skipped=0,
+        digest="",
+    )
+
+
+def exact_model(weighting: str, predicts: str = "v", chain: int = 100) -> Diffusion:
+    """The model that training on the mixture toy would end with, given for ever."""
+    process = cosine()
+    net = ExactNetwork(named("mixture"), process, predicts)
+    return Diffusion(net, process, plain_facts(2), predicts=predicts, weighting=weighting, chain=chain)
