@@ -54,5 +54,5 @@ build: $(INSTALLED)  ## build the wheel into dist/
 	@ls dist/*.whl
 
 clean:  ## remove dist/ and caches; runs/ and .venv/ stay
-	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -193,7 +193,7 @@ def forward_chain(
         process: the forward process.
         facts: of the data.
         images: held-out examples in the data's units, shape (B, ...): all are measured, and shown are the first and
-            the last image, or every point of the plane.
+            the last image, or the points of the plane brought to unit variance.
         times: at which to show and to measure.
         seed: of the noise.
     """
@@ -209,13 +209,13 @@ def forward_chain(
         _write(canvas, x + side / 2, top + 0.14, f"$t={t:g}$", ha="center")
         for row, example in enumerate(rows):
             panel = _framed(figure, x, top - side - row * (side + gap), side)
+            alpha_t, sigma_t = process(t)
             if facts.is_image:
-                alpha_t, sigma_t = process(t)
                 picture = x_t[example] / (alpha_t * x_0.abs().max() + 2 * sigma_t)
-                shade = (picture / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+                shade = (picture / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
                 panel.imshow(shade, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             else:
-                _cloud(panel, x_t.flatten(1), BLUE)
+                _cloud(panel, x_t.flatten(1) / (alpha_t.square() + sigma_t.square()).sqrt(), BLUE)
 
     _coefficients(figure, process, times, [regressed(x_0, x_t) for x_t in walk])
     lines = "Lines: the closed form. Dots: regressed on $x_0$"
@@ -232,12 +232,14 @@ def _coefficients(
     t = torch.linspace(0, 1, 401, dtype=torch.float64)
     alpha, sigma = process(t)
     slopes, spreads, _ = zip(*measured, strict=True)
+    wide = float(sigma[-1]) > 2
     for line, dots, colour, name in ((alpha, slopes, BLUE, r"$\alpha_t$"), (sigma, spreads, GREY, r"$\sigma_t$")):
-        curves.plot(t, line, color=colour, linewidth=2, clip_on=False)
+        curves.plot(t, line, color=colour, linewidth=2, clip_on=wide)
         curves.plot(times, dots, "o", color=colour, **DOT)
         _write(curves, 1.05, float(line[-1]), name, colour, size=LARGE, va="center")
-    if sigma[-1] > 2:
-        curves.set_yscale("log")
+    if wide:
+        curves.set(yscale="log", ylim=(0.01, float(sigma[-1])))
+        curves.minorticks_off()
     else:
         curves.set(ylim=(0, 1), yticks=[0, 0.5, 1], yticklabels=["0", "0.5", "1"])
     ratio.axhline(0, color=FAINT, linewidth=1, zorder=0)
@@ -395,7 +397,7 @@ def terms(bound: Bound, facts: Facts) -> "Figure":
 
     figure = _sheet(6.5)
     canvas, each, summed = _canvas(figure), _axes(figure, 0.85, 3.85, 5.4, 2.1), _axes(figure, 0.85, 1.05, 5.4, 2.0)
-    low, high = float(heights.clamp(min=1e-9).min()) / 10, 3 * float(torch.maximum(heights.max(), L_0).clamp(min=1e-6))
+    low, high = float(heights.clamp(min=1e-9).min()) / 10, float(torch.maximum(heights.max(), L_0).clamp(min=1e-6))
     each.stairs(heights, edges, baseline=None, color=BLUE, linewidth=2)
     each.errorbar((edges[:-1] + edges[1:]) / 2, heights, errors, fmt="none", ecolor=BLUE, elinewidth=1.3)
     _beside(each, "$L_{t-1}$", 0.5, float(heights[len(heights) // 2]), BLUE)
@@ -407,12 +409,12 @@ def terms(bound: Bound, facts: Facts) -> "Figure":
         else:
             each.plot(t, low, "v", color=colour, **DOT)
             _beside(each, f"${name} = {_power(mean)}$", t, low, colour)
-    each.set(yscale="log", ylim=(low, high))
+    each.set(yscale="log", ylim=(low, high * (high / low) ** 0.12))
     each.minorticks_off()
 
     summed.axhline(0, color=FAINT, linewidth=1, zorder=0)
     summed.plot(edges, running, color=BLUE, linewidth=2, clip_on=False)
-    for t, ends, colour in ((0, (0.0, float(L_0)), RED), (1, (float(running[-1]), float(total)), GREY)):
+    for t, ends, colour in ((edges[0], (0.0, float(L_0)), RED), (1.0, (float(running[-1]), float(total)), GREY)):
         summed.plot([t, t], ends, color=colour, linewidth=4, solid_capstyle="butt", clip_on=False, zorder=3)
     summed.plot(1, total, "o", color=INK, **DOT)
     _over_time(each, f"one term of the bound, {facts.unit}")
