@@ -37,7 +37,7 @@ Colour = str | tuple[float, float, float]
 
 INK, MUTED, FAINT = "#1d2733", "#66717d", "#dfe4e8"
 BLUE, GREY, RED = "#1f4e79", "#7f8b97", "#c4512d"
-"""Data is blue, noise is grey, what a network has learnt is red: they differ in lightness as well as in hue."""
+"""Data is blue, noise is grey, what a network has learnt is red, the one warm colour: apart for every eye."""
 
 WIDTH, DPI = 9.0, 150
 LARGE, NORMAL, SMALL = 14, 13, 11.5  # points
@@ -53,7 +53,8 @@ DOT: dict[str, Any] = {
 """A measured value: the white rim keeps it apart from the line it should lie on."""
 ROLL = ("mlp.width=64", "mlp.depth=3", "training.batch=512", "training.rate=3e-3")
 CHAIN = 200  # steps of the learned reverse chain
-BINS = 60
+BINS = 60  # of steps in the figure of the bound, at most
+INTERVAL = 1.96  # standard errors to either side, for 95%
 
 
 # Four families.
@@ -288,7 +289,8 @@ def learn_roll(*, steps: int, seed: int = 0, progress: Progress | None = None) -
 def swiss_roll(seed: int = 0, steps: int = 2500, progress: Progress | None = None) -> "Figure":
     """A swiss roll carried to a Gaussian by the forward chain, and out of another one by a chain that was learned.
 
-    The arrows are the drift of the learned chain, mu_theta(x_t, t) - x_t, their lengths drawn by their square roots.
+    The arrows are the drift of the learned chain, mu_theta(x_t, t) - x_t, their lengths drawn by their square roots;
+    those at t = 0 belong to the last step but one.
 
     Reference: Sohl-Dickstein et al. (2015), figure 1.
 
@@ -391,7 +393,8 @@ def terms(bound: Bound, facts: Facts) -> "Figure":
         return facts.bits_per_dim(nats) if facts.levels else nats
 
     parts = binned(bound)
-    edges, heights, errors = parts.edges, unit(parts.mean), 1.96 * unit(parts.stderr)
+    edges, heights, errors = parts.edges, unit(parts.mean), INTERVAL * unit(parts.stderr)
+    first, last = float(edges[0]), float(edges[-1])
     L_0, L_T, total = (unit(nats.mean()) for nats in (bound.decoder, bound.prior, bound.nats))
     running = torch.cat([L_0[None], L_0 + (parts.sizes * heights).cumsum(0)])
 
@@ -401,10 +404,10 @@ def terms(bound: Bound, facts: Facts) -> "Figure":
     each.stairs(heights, edges, baseline=None, color=BLUE, linewidth=2)
     each.errorbar((edges[:-1] + edges[1:]) / 2, heights, errors, fmt="none", ecolor=BLUE, elinewidth=1.3)
     _beside(each, "$L_{t-1}$", 0.5, float(heights[len(heights) // 2]), BLUE)
-    for name, t, nats, colour in (("L_0", float(edges[0]), bound.decoder, RED), ("L_T", 1.0, bound.prior, GREY)):
+    for name, t, nats, colour in (("L_0", first, bound.decoder, RED), ("L_T", last, bound.prior, GREY)):
         mean, stderr = (float(unit(number)) for number in mean_and_stderr(nats))
         if mean > low:
-            each.errorbar(t, mean, 1.96 * stderr, fmt="o", ecolor=colour, elinewidth=1.3, color=colour, **DOT)
+            each.errorbar(t, mean, INTERVAL * stderr, fmt="o", ecolor=colour, elinewidth=1.3, color=colour, **DOT)
             _beside(each, f"${name}$", t, mean, colour)
         else:
             each.plot(t, low, "v", color=colour, **DOT)
@@ -414,13 +417,13 @@ def terms(bound: Bound, facts: Facts) -> "Figure":
 
     summed.axhline(0, color=FAINT, linewidth=1, zorder=0)
     summed.plot(edges, running, color=BLUE, linewidth=2, clip_on=False)
-    for t, ends, colour in ((edges[0], (0.0, float(L_0)), RED), (1.0, (float(running[-1]), float(total)), GREY)):
+    for t, ends, colour in ((first, (0.0, float(L_0)), RED), (last, (float(running[-1]), float(total)), GREY)):
         summed.plot([t, t], ends, color=colour, linewidth=4, solid_capstyle="butt", clip_on=False, zorder=3)
-    summed.plot(1, total, "o", color=INK, **DOT)
+    summed.plot(last, total, "o", color=INK, **DOT)
     _over_time(each, f"one term of the bound, {facts.unit}")
     _over_time(summed, f"sum from $L_0$ up to $L_{{t-1}}$, {facts.unit}", "$t/T$")
 
-    error = 1.96 * float(unit(mean_and_stderr(bound.nats)[1]))
+    error = INTERVAL * float(unit(mean_and_stderr(bound.nats)[1]))
     table = (
         (2.88, "prior", "$L_T$", _short(float(L_T)), GREY),
         (2.55, "diffusion", r"$\sum\, L_{t-1}$", _short(float(running[-1] - L_0)), BLUE),
@@ -486,7 +489,7 @@ def draw_all(run: Path, out: Path, *, seed: int = 0, progress: Progress | None =
     out.mkdir(parents=True, exist_ok=True)
     paths = {name: out / f"{name}.png" for name in figures}
     for name, path in paths.items():
-        save(figures[name](), path, {"figure": name, "run": run.name, "seed": seed})
+        save(figures[name](), path, {"figure": name, "run": run.resolve().name, "seed": seed})
     return paths
 
 

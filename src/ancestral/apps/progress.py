@@ -54,7 +54,7 @@ class Progress:
             return
         now = time.monotonic()
         began = self.began.setdefault(what, now)
-        if now - self.said >= EVERY and done:
+        if now - self.said >= EVERY and now > began and done:
             self.said = now
             left = (now - began) / done * (of - done)
             print(f"{what}: {done:,} of {of:,}, {left:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201
