@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## train on digits, sample, evaluate and draw the figures, in a fresh directory under runs/
 	$(BIN)/ancestral train digits --to $(RUN)
-	$(BIN)/ancestral sample $(RUN)
+	$(BIN)/ancestral sample $(RUN) --gif
 	$(BIN)/ancestral evaluate $(RUN)
 	$(BIN)/ancestral figures $(RUN)
 	@echo "The demo is in $(RUN):"

@@ -11,13 +11,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.colors import to_rgb
 
 from ancestral import toys
-from ancestral.apps import figures
+from ancestral.apps import diagram, figures
 from ancestral.data import draw, load
 from ancestral.diffusion import process as P
 from ancestral.diffusion.likelihood import bound as bound_of
-from ancestral.errors import RunError
+from ancestral.diffusion.sample import karras
+from ancestral.errors import DataError
 from ancestral.rng import randn, stream
-from ancestral.training import recipes, run
+from ancestral.training import recipes
 from oracles import exact_model
 
 DIGITS = load("digits")
@@ -41,7 +42,7 @@ def every_figure(digits_bound, quick_roll):
     model = exact_model("bound")
     points = toys.named("mixture").sample(100, rng=stream(0))
     return {
-        "families": figures.families(),
+        "families": diagram.families(),
         "forward, images": figures.forward_chain(P.cosine(), DIGITS.facts, DIGITS.held_out),
         "forward, points": figures.forward_chain(P.edm(), model.facts, points.float()),
         "terms, levels": figures.terms(digits_bound, DIGITS.facts),
@@ -58,8 +59,8 @@ def words(figure):
         def draw_text(self, gc, x, y, s, prop, angle, ismath=False, mtext=None):
             drawn.append(mtext)
 
-    width, height = figure.get_size_inches() * figures.DPI
-    renderer = Recorder(width, height, figures.DPI)
+    width, height = figure.get_size_inches() * diagram.DPI
+    renderer = Recorder(width, height, diagram.DPI)
     FigureCanvasAgg(figure)
     figure.draw(renderer)
     return [(text.get_text(), text.get_window_extent(renderer)) for text in drawn]
@@ -128,6 +129,15 @@ def test_a_bin_holds_the_terms_between_its_edges():
     torch.testing.assert_close(parts.edges, bound.times)
 
 
+def test_on_an_uneven_grid_the_area_under_the_stairs_is_still_the_sum():
+    """The axis counts steps: by their times, forty of these fifty would stand in the last fifth of it."""
+    model, points = exact_model("bound"), toys.named("mixture").sample(30, rng=stream(9))
+    bound = bound_of(model.denoiser, points, karras(model.process, 50), rng=stream(10))
+    parts = figures.binned(bound, bins=7)
+    assert float(50 * parts.edges.diff() @ parts.mean) == pytest.approx(float(bound.diffusion.mean()), rel=1e-12)
+    assert parts.edges[[0, -1]].tolist() == [0.02, 1.0]
+
+
 @pytest.mark.parametrize("kind", ["bits/dim", "nats"])
 def test_the_numbers_in_the_figure_of_the_bound_are_the_bound_in_the_datas_unit(kind, digits_bound):
     """The table, the area under the stairs and the running sum all tell the same; a density's decoder is below 0."""
@@ -166,7 +176,7 @@ def test_the_learned_reverse_chain_ends_nearer_to_the_roll_than_the_noise_it_sta
 
 def test_the_four_families_are_named_with_what_they_say_about_likelihood():
     before = dict(matplotlib.rcParams)
-    texts = [text for text, _ in words(figures.families())]
+    texts = [text for text, _ in words(diagram.families())]
     for name in ("GAN", "VAE", "Flow", "Diffusion"):
         assert name in texts
     for says in ("none", "lower bound", "exact", "lower bound, term by term"):
@@ -190,7 +200,7 @@ def test_no_words_are_small(digits_bound, quick_roll):
     for name, figure in every_figure(digits_bound, quick_roll).items():
         sizes = {text.get_fontsize() for axes in figure.axes for text in axes.texts}
         sizes |= {label.get_fontsize() for axes in figure.axes for label in axes.get_xticklabels()}
-        assert min(sizes) >= figures.SMALL, name
+        assert min(sizes) >= diagram.SMALL, name
 
 
 @pytest.mark.parametrize(
@@ -210,16 +220,16 @@ def test_the_colours_are_apart_and_legible_for_every_eye(seen):
         linear = torch.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
         return (torch.tensor(seen, dtype=torch.float64) @ linear).clamp(0, 1)
 
-    for colour in (figures.BLUE, figures.GREY, figures.RED, figures.MUTED, figures.INK):
+    for colour in (diagram.BLUE, diagram.GREY, diagram.RED, diagram.MUTED, diagram.INK):
         luminance = float(light(colour) @ torch.tensor([0.2126, 0.7152, 0.0722], dtype=torch.float64))
         assert 1.05 / (luminance + 0.05) > 3, colour
-    for one, other in itertools.combinations((figures.BLUE, figures.GREY, figures.RED), 2):
+    for one, other in itertools.combinations((diagram.BLUE, diagram.GREY, diagram.RED), 2):
         assert float((light(one).sqrt() - light(other).sqrt()).norm()) > 0.2, (one, other)
 
 
 def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(tmp_path, quick_roll, digits_bound):
     makers = {
-        "families": figures.families,
+        "families": diagram.families,
         "forward": lambda: figures.forward_chain(P.cosine(), DIGITS.facts, DIGITS.held_out[:20], seed=8),
         "terms": lambda: figures.terms(digits_bound, DIGITS.facts),
         "roll": iter(quick_roll).__next__,
@@ -234,24 +244,25 @@ def test_equal_seeds_give_equal_bytes_and_other_seeds_do_not(tmp_path, quick_rol
     assert (tmp_path / "other.png").read_bytes() != (tmp_path / "forward-0.png").read_bytes()
 
 
-def test_a_run_becomes_four_files_that_say_where_they_come_from_and_are_never_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "swiss_roll", lambda seed, progress: figures.families())
-    for _ in run.prepare("digits", to=tmp_path / "run", steps=2, changes=QUICK).steps():
-        pass
+def test_a_model_becomes_four_files_that_say_how_they_were_made_and_are_never_replaced(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "swiss_roll", lambda seed, progress: diagram.families())
+    model = recipes.build(recipes.change(recipes.choose(DIGITS.facts), QUICK), DIGITS.facts)
     told = []
-    files = figures.draw_all(tmp_path / "run", tmp_path / "out", progress=lambda *what: told.append(what))
+    files = figures.draw_all(model, DIGITS, tmp_path / "out", seed=3, progress=lambda *what: told.append(what))
     assert list(files) == ["families", "forward", "swiss-roll", "terms"]
     for name, path in files.items():
-        assert draw.read_recipe(path) == {"figure": name, "run": "run", "seed": 0}
+        assert draw.read_recipe(path) == {"figure": name, "data": "digits", "seed": 3}
     assert ("measuring the bound", 200, 200) in told
-    before = files["terms"].read_bytes()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     with pytest.raises(FileExistsError):
-        figures.draw_all(tmp_path / "run", tmp_path / "out")
-    assert files["terms"].read_bytes() == before
-    (tmp_path / "run" / "run.json").unlink()
-    with pytest.raises(RunError, match=r"run\.json: does not say"):
-        figures.draw_all(tmp_path / "run", tmp_path / "again")
-    assert not (tmp_path / "again").exists()
+        figures.draw_all(model, DIGITS, tmp_path / "out", seed=4)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_data_of_another_kind_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(DataError, match=r"trained on shape \(2,\)"):
+        figures.draw_all(exact_model("bound"), DIGITS, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_matplotlib_is_loaded_by_the_first_figure_and_not_before():

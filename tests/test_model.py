@@ -13,8 +13,8 @@ from ancestral.nets import MLP
 from ancestral.protocol import Generative, HasDensity, HasLatent
 from ancestral.rng import stream
 from ancestral.toys import named
-from ancestral.training import recipes, train
-from oracles import COMBINATIONS, exact_model, plain_facts
+from ancestral.training import loop, recipes
+from oracles import COMBINATIONS, ExactNetwork, exact_model, plain_facts
 
 
 def test_diffusion_declares_what_it_can_do():
@@ -38,11 +38,11 @@ def test_log_prob_is_a_lower_bound_in_the_units_of_the_data():
 
 
 def test_encode_and_decode_are_inverse_up_to_the_solver():
-    """The round trip's error falls at least fourfold when the steps double: the solver is of second order."""
+    """The round trip's error falls at least as 1/n: the steps are of second order, the one at the data of first."""
     model = exact_model("simple")
     x = named("mixture").sample(200, rng=stream(0)).float()
     errors = [float((model.decode(model.encode(x, steps=n), steps=n) - x).norm(dim=1).median()) for n in (50, 100, 200)]
-    assert errors[2] < errors[1] < errors[0]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
     assert errors[2] < 0.02
 
 
@@ -71,12 +71,35 @@ def test_samples_of_the_exact_model_have_the_law_of_the_data():
         assert ((x.T.cov() - toy.cov).abs() < 0.05 * toy.cov.diagonal().max()).all()
 
 
+def test_the_chain_that_is_sampled_is_the_chain_that_is_measured():
+    """The reverse variance reaches ancestral sampling: in few steps beta spreads the samples more than beta~."""
+    net = exact_model("simple").network.net
+    wide, narrow = (Diffusion(net, P.cosine(), plain_facts(2), variance=v) for v in ("beta", "fixed-small"))
+    x, y = (model.sample(4000, steps=8, rng=0) for model in (wide, narrow))
+    assert not torch.equal(x, y)
+    assert float(x.var(0).sum()) > 1.05 * float(y.var(0).sum())
+
+
+@pytest.mark.parametrize("betas", [[0.01] * 1000, torch.linspace(1e-4, 0.05, 1000).tolist(), [0.9] * 400])
+def test_the_bound_weighting_holds_on_chains_that_end_in_hardly_any_signal(betas):
+    """Below the cut in log-SNR no step is drawn; above it the loss is still the middle terms of the bound."""
+    process, toy = P.from_betas(betas), named("mixture")
+    net = ExactNetwork(toy, process, "v")
+    model = Diffusion(net, process, plain_facts(2), weighting="bound", chain=len(betas))
+    x_0 = toy.sample(4000, rng=stream(0))
+    losses = torch.stack([model.loss(x_0, stream(1, i)) for i in range(20)])
+    terms = model.bound(x_0[:1000], rng=5, draws=99).diffusion / 2
+    stderr = (losses.var() / 20 + terms.var() / 1000) ** 0.5
+    assert abs(float(losses.mean() - terms.mean())) < 4 * float(stderr)
+
+
 def test_what_is_undefined_is_refused():
     net, facts = MLP((2,), 8, 1), plain_facts(2)
     for options, sentence in [
         ({"weighting": "vlb"}, "unknown weighting"),
         ({"variance": "small"}, "unknown reverse variance"),
         ({"chain": 1}, "at least 2 steps"),
+        ({"variance": "optimal"}, "no network gives"),
     ]:
         with pytest.raises(OptionError, match=sentence):
             Diffusion(net, P.cosine(), facts, **options)
@@ -93,9 +116,9 @@ def test_every_schedule_learns_with_every_parameterization_defined_on_it(schedul
     changes = [f"process.schedule={schedule}", f"diffusion.predicts={predicts}", "diffusion.chain=50"]
     changes += ["mlp.width=32", "mlp.depth=1", "training.batch=256", "training.warmup=5", "training.rate=3e-3"]
     setup = recipes.change(recipes.choose(data.facts), changes)
-    model, x = recipes.build(setup, data.facts), data.held_out[:300]
+    model, x = recipes.build(setup, data.facts), data.held_out[:2000]
     before = model.bound(x, rng=0).nats
-    for _ in train.steps(model, data, setup.training, 80, seed=0):
+    for _ in loop.steps(model, data, setup.training, 80, seed=0):
         pass
     gain, stderr = mean_and_stderr(before - model.bound(x, rng=0).nats)
     assert float(gain) > 5 * float(stderr)

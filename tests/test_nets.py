@@ -6,7 +6,7 @@ import torch
 from ancestral.errors import OptionError
 from ancestral.nets import MLP, UNet
 from ancestral.nets.blocks import LevelPhases, NoiseEmbedding, channel_norm
-from ancestral.rng import stream
+from ancestral.rng import randn, stream
 
 
 def lively(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -14,7 +14,7 @@ def lively(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     draw = stream(seed)
     for parameter in net.parameters():
         if not parameter.any():
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=draw)
+            parameter.data = 0.1 * randn(parameter.shape, draw)
     return net.eval()
 
 
@@ -22,7 +22,7 @@ def lively(net: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 def test_unet_takes_any_channel_count_and_any_side(shape):
     """The output is as large as the input and depends on every pixel of it, and on the noise level."""
     net = lively(UNet(shape[0], width=8, multipliers=(1, 2, 2), blocks=1, precision="float32"))
-    x = torch.randn(1, *shape, generator=stream(1), requires_grad=True)
+    x = randn((1, *shape), stream(1)).requires_grad_()
     out = net(x, torch.zeros(1))
     assert out.shape == x.shape
     (slope,) = torch.autograd.grad(out.square().sum(), x)
@@ -38,7 +38,7 @@ def test_an_untrained_network_outputs_zero(net):
 
 def test_an_image_does_not_depend_on_its_batch():
     net = lively(UNet(1, width=16, levels=17, precision="float32"))
-    x, level = torch.randn(6, 1, 8, 8, generator=stream(1)), torch.linspace(-5, 5, 6)
+    x, level = randn((6, 1, 8, 8), stream(1)), torch.linspace(-5, 5, 6)
     with torch.no_grad():
         together = net(x, level)
         alone = torch.cat([net(x[i : i + 1], level[i : i + 1]) for i in range(6)])
@@ -48,7 +48,7 @@ def test_an_image_does_not_depend_on_its_batch():
 def test_bfloat16_agrees_with_float32_to_its_own_rounding():
     torch.manual_seed(0)
     net = lively(UNet(1, width=16, levels=17, precision="float32"))
-    x, level = torch.randn(4, 1, 8, 8, generator=stream(1)), torch.linspace(-5, 5, 4)
+    x, level = randn((4, 1, 8, 8), stream(1)), torch.linspace(-5, 5, 4)
     exact = net(x, level).detach()
     net.lowered = True
     lowered = net(x, level).detach()
@@ -62,7 +62,7 @@ def test_unknown_precision_is_refused():
 
 
 def test_channel_norm_brings_each_pixel_to_zero_mean_and_unit_variance():
-    x = 3 + 2 * torch.randn(2, 64, 5, 4, generator=stream(0))
+    x = 3 + 2 * randn((2, 64, 5, 4), stream(0))
     y = channel_norm(x)
     torch.testing.assert_close(y.mean(1), torch.zeros(2, 5, 4), rtol=0, atol=1e-5)
     torch.testing.assert_close(y.var(1, correction=0), torch.ones(2, 5, 4), rtol=1e-3, atol=0)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from ancestral.data import load
 from ancestral.diffusion import process as P
 from ancestral.diffusion.model import WEIGHTINGS, Diffusion
 from ancestral.errors import Diverged, NoSpace, OptionError, RunError
+from ancestral.protocol import Player
 from ancestral.rng import stream
 from ancestral.toys import named
-from ancestral.training import checkpoint, recipes, run, train
+from ancestral.training import checkpoint, loop, recipes, run
 from ancestral.training.recipes import TrainingSection
 from oracles import ExactNetwork, exact_model, plain_facts
 
@@ -59,18 +61,18 @@ def test_the_exact_denoiser_minimises_every_loss(weighting, predicts):
 
 def test_every_epoch_sees_every_example_once_in_a_new_order():
     n, batch = 50, 8
-    seen = torch.cat([train.batch_indices(n, batch, 3, step) for step in range(1, 26)])
+    seen = torch.cat([loop.batch_indices(n, batch, 3, step) for step in range(1, 26)])
     first, second = seen[:50], seen[50:100]
     assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(50))
     assert first.tolist() != second.tolist()
-    assert torch.equal(train.batch_indices(n, batch, 3, 17), seen[16 * 8 : 17 * 8])
-    assert not torch.equal(train.batch_indices(n, batch, 4, 1), seen[:8])
-    assert len(train.batch_indices(3, 10, 0, 1)) == 10
+    assert torch.equal(loop.batch_indices(n, batch, 3, 17), seen[16 * 8 : 17 * 8])
+    assert not torch.equal(loop.batch_indices(n, batch, 4, 1), seen[:8])
+    assert len(loop.batch_indices(3, 10, 0, 1)) == 10
 
 
 def test_the_rate_warms_up_peaks_and_ends_at_zero():
     section = TrainingSection(rate=0.1, warmup=10, steps=100)
-    rates = [train.rate(section, step, 100) for step in range(1, 101)]
+    rates = [loop.rate(section, step, 100) for step in range(1, 101)]
     assert rates[:10] == sorted(rates[:10])
     assert rates[9] == pytest.approx(0.1 * 10 / 11)
     assert max(rates) <= 0.1
@@ -82,7 +84,7 @@ def test_the_rate_warms_up_peaks_and_ends_at_zero():
 def test_the_average_spans_the_declared_share_of_the_run(length):
     """Its weights over steps, read off a ramp and its square, have standard deviation `length` times the run."""
     first, second = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-    a, b = train.Average(first, length), train.Average(second, length)
+    a, b = loop.Average(first, length), loop.Average(second, length)
     total = 4000
     for step in range(1, total + 1):
         first.weight.data.fill_(step / total)
@@ -134,7 +136,7 @@ def test_minutes_become_a_recorded_number_of_steps(tmp_path):
     prepared = run.prepare("digits", to=tmp_path / "run", minutes=0.5, changes=QUICK)
     seconds = prepared.record["seconds_per_step"]
     assert prepared.total == pytest.approx(30 / seconds, abs=1)
-    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_an_interrupted_run_keeps_its_last_step_and_says_so(tmp_path):
@@ -149,13 +151,68 @@ def test_an_interrupted_run_keeps_its_last_step_and_says_so(tmp_path):
     assert ancestral.load(tmp_path / "run").sample(2, steps=2).shape == (2, 1, 8, 8)
 
 
-def test_divergence_stops_before_the_weights_are_lost(tmp_path):
-    changes = [*QUICK, "training.rate=1e18", "training.warmup=0", "training.clip=1e30", "training.checkpoints=40"]
-    with pytest.raises(Diverged, match=r"step \d+: .* lower learning rate.* checkpoint"):
-        ancestral.train("digits", to=tmp_path / "run", steps=40, changes=changes)
+def test_divergence_stops_before_the_weights_are_lost(tmp_path, monkeypatch):
+    """A loss that turns to NaN at step 8 of 10 ends the run there; the checkpoint it names is whole and finite."""
+    seen = []
+
+    def loss(self, x_0, rng, honest=Diffusion.loss):
+        seen.append(honest(self, x_0, rng))
+        return seen[-1] * (float("nan") if len(seen) == 1 + 8 else 1.0)  # one call checks the set-up
+
+    monkeypatch.setattr(Diffusion, "loss", loss)
+    with pytest.raises(Diverged, match=r"step 8: .* lower learning rate.*step-0000005 is the last good checkpoint"):
+        ancestral.train("digits", to=tmp_path / "run", steps=10, changes=[*QUICK, "training.checkpoints=2"])
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["status"] == "diverged"
-    assert "checkpoint" in record["reason"]
+    model = ancestral.load(tmp_path / "run")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_what_is_saved_is_the_average_and_not_the_last_weights(tmp_path):
+    prepared = run.prepare("digits", to=tmp_path / "run", steps=12, changes=QUICK)
+    shadow = loop.Average(prepared.model.network, prepared.setup.training.ema)
+    for record in prepared.steps():
+        shadow.update(prepared.model.network, record.step)
+    saved = ancestral.load(tmp_path / "run").network.state_dict()
+    last = prepared.model.network.state_dict()
+    for name, value in shadow.module.state_dict().items():
+        assert torch.equal(saved[name], value)
+    assert any(not torch.equal(saved[name], last[name]) for name in saved)
+
+
+class Slope(nn.Module):
+    """A player whose loss has a constant gradient, and whose steps take a known time."""
+
+    def __init__(self, slope: float, wait: float = 0.0) -> None:
+        super().__init__()
+        self.weight, self.slope, self.wait = nn.Parameter(torch.zeros(4)), slope, wait
+
+    def players(self):
+        return {"slope": Player(self, self.loss)}
+
+    def loss(self, x_0, rng):
+        time.sleep(self.wait)
+        return self.slope * self.weight.sum()
+
+
+def test_the_pace_is_the_time_of_a_step():
+    """Never less than what a step waits for, and not several times as much."""
+    pace = loop.pace(Slope(1.0, wait=0.05), load("digits"), TrainingSection(), seed=0, seconds=0.5)
+    assert 0.05 < pace < 0.15
+
+
+def test_gradients_are_clipped_and_the_rate_follows_its_schedule(monkeypatch):
+    """Plain gradient descent in the optimiser's place: each step moves by the scheduled rate times the clipped norm."""
+    monkeypatch.setattr(loop, "_optimiser", lambda player, section: torch.optim.SGD(player.module.parameters(), lr=9.0))
+    section = TrainingSection(rate=0.1, warmup=3, clip=0.5, batch=2)
+    for slope, norm in ((100.0, 0.5), (0.1, 0.2)):
+        model = Slope(slope)
+        before = model.weight.detach().clone()
+        for record in loop.steps(model, load("digits"), section, 8, seed=0):
+            moved = float((model.weight.detach() - before).norm())
+            before = model.weight.detach().clone()
+            assert moved == pytest.approx(loop.rate(section, record.step, 8) * norm, rel=1e-3, abs=1e-7)
+            assert record.grad_norm["slope"] == pytest.approx(2 * slope, rel=1e-5)
 
 
 def test_a_run_is_never_overwritten(tmp_path):

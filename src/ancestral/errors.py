@@ -4,8 +4,7 @@
     ├── UserError            exit code 2: the input or an option is wrong, nothing was written
     │   ├── DataError        a file, folder or array cannot be used; the sentence names it
     │   ├── OptionError      a value outside what is allowed; the sentence names the close match
-    │   ├── RunError         a run directory or checkpoint is missing, foreign or damaged
-    │   └── MissingExtra     an optional dependency is not installed; the sentence is the line to type
+    │   └── RunError         a run directory or checkpoint is missing, foreign or damaged
     ├── NoSpace              exit code 4: the disk is full, the last good checkpoint is kept
     └── Diverged             exit code 5: training diverged, the last good checkpoint is named
 
@@ -38,10 +37,6 @@ class OptionError(UserError, ValueError):
 
 class RunError(UserError):
     """A run directory or checkpoint is missing, foreign or damaged."""
-
-
-class MissingExtra(UserError, ImportError):
-    """An optional dependency is not installed."""
 
 
 class NoSpace(AncestralError):

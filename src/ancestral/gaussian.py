@@ -1,4 +1,4 @@
-"""Closed forms of Gaussian distributions with diagonal covariance: density, condition, divergence, bins.
+"""Closed forms of Gaussian distributions with diagonal covariance: density, divergence, bins.
 
 Means and variances are tensors that broadcast against each other; everything is in nats.
 """
@@ -20,25 +20,6 @@ def log_density(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         tensor(-0.9189)
     """
     return -0.5 * ((x - mean).square() / var + var.log() + LOG_2PI)
-
-
-def condition(mean: Tensor, var: Tensor, y: Tensor, slope: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior of x ~ N(mean, var) after observing y = slope x + N(0, noise).
-
-    precision = 1 / var + slope^2 / noise,   mean = (mean / var + slope y / noise) / precision
-
-    Reference: Bishop (2006), eqs. 2.113-2.117, in the scalar case.
-
-    Returns:
-        The posterior's mean and variance.
-
-    Example:
-        >>> one = torch.tensor(1.0)
-        >>> condition(0 * one, one, 2 * one, one, one)
-        (tensor(1.), tensor(0.5000))
-    """
-    precision = 1 / var + slope.square() / noise
-    return (mean / var + slope * y / noise) / precision, 1 / precision
 
 
 def kl(mean_1: Tensor, var_1: Tensor, mean_2: Tensor, var_2: Tensor) -> Tensor:

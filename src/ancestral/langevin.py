@@ -28,7 +28,8 @@ class Chains:
         acceptance: fraction of proposals accepted, None where nothing is rejected.
 
     Example:
-        >>> chains = Chains(randn((1000, 4, 1), torch.Generator().manual_seed(0)))
+        >>> from ancestral.rng import stream
+        >>> chains = Chains(randn((1000, 4, 1), stream(0)))
         >>> bool(chains.r_hat() < 1.01), bool(chains.after(500).ess() > 1500)
         (True, True)
     """
@@ -105,7 +106,8 @@ def langevin_step(score_x: Tensor, x: Tensor, delta: float | Tensor, *, rng: Rng
         temperature: variance of the noise relative to exact dynamics; 0 is gradient ascent.
 
     Example:
-        >>> langevin_step(torch.tensor([-2.0]), torch.tensor([2.0]), 0.5, rng=torch.Generator(), temperature=0.0)
+        >>> from ancestral.rng import stream
+        >>> langevin_step(torch.tensor([-2.0]), torch.tensor([2.0]), 0.5, rng=stream(0), temperature=0.0)
         tensor([1.5000])
     """
     eps = randn(x.shape, rng, dtype=x.dtype).to(x.device)
@@ -129,7 +131,8 @@ def ula(score: Field, x: Tensor, delta: float, steps: int, *, rng: Rng, temperat
         OptionError: if x is not (chains, D), or delta or steps are not positive.
 
     Example:
-        >>> chains = ula(lambda x: -x, torch.zeros(1000, 1), 0.1, 200, rng=torch.Generator().manual_seed(0))
+        >>> from ancestral.rng import stream
+        >>> chains = ula(lambda x: -x, torch.zeros(1000, 1), 0.1, 200, rng=stream(0))
         >>> round(chains.after(50).samples.var().item(), 1)
         1.0
     """
@@ -161,7 +164,8 @@ def mala(log_prob: Field, score: Field, x: Tensor, delta: float, steps: int, *, 
         OptionError: if x is not (chains, D), p is 0 at a start, or delta or steps are not positive.
 
     Example:
-        >>> rng = torch.Generator().manual_seed(0)
+        >>> from ancestral.rng import stream
+        >>> rng = stream(0)
         >>> chains = mala(lambda x: -x.square().sum(1) / 2, lambda x: -x, torch.zeros(100, 1), 1.0, 200, rng=rng)
         >>> round(chains.after(50).samples.var().item(), 1)
         1.0

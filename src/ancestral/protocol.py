@@ -1,11 +1,13 @@
 """What a family of generative models is, as types: a capability that is absent is a method that is absent."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-import torch
+import numpy as np
 from torch import Tensor, nn
+
+from ancestral.rng import Seeds
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,8 @@ class Player:
     """
 
     module: nn.Module
-    loss: Callable[[Tensor, torch.Generator], Tensor]
+    loss: Callable[[Tensor, np.random.Generator], Tensor]
     every: int = 1
-
-
-Seeds = int | Sequence[int]
 
 
 @runtime_checkable

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from oracles import COMBINATIONS, exact
 from torch import nn
 
 from ancestral import toys
@@ -10,14 +9,15 @@ from ancestral.diffusion import process as P
 from ancestral.diffusion.denoise import Clipped, NetworkDenoiser, OracleDenoiser, reverse
 from ancestral.errors import OptionError
 from ancestral.nets import MLP
-from ancestral.rng import stream
+from ancestral.rng import randn, stream
+from oracles import COMBINATIONS, exact
 
 TIMES = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
 
 
 def noised(process: P.Process, seed: int = 0):
     """x_0, eps and x_t at TIMES."""
-    x_0, eps = torch.randn(2, len(TIMES), 3, generator=stream(seed), dtype=torch.float64)
+    x_0, eps = randn((2, len(TIMES), 3), stream(seed), dtype=torch.float64)
     alpha, sigma = (c[:, None] for c in process(TIMES))
     return x_0, eps, alpha, sigma, alpha * x_0 + sigma * eps
 

@@ -207,6 +207,14 @@ def test_grids_decrease_from_the_end_of_the_process(name):
     torch.testing.assert_close(ratio.diff(), ratio.diff()[0].expand(18), rtol=1e-4, atol=1e-9)
 
 
+def test_a_seed_a_list_of_seeds_and_generators_name_the_same_noise():
+    oracle, x = OracleDenoiser(toys.named("ring-8"), P.cosine()), start(P.cosine(), 3)
+    by_seed = ancestral(oracle, x, 5, rng=7)
+    assert torch.equal(by_seed, ancestral(oracle, x, 5, rng=streams(7, 3)))
+    one_each = ancestral(oracle, x, 5, rng=[1, 2, 3])
+    assert torch.equal(one_each[1:2], ancestral(oracle, x[1:2], 5, rng=[2]))
+
+
 def test_illegal_grids_and_missing_noise_are_refused():
     oracle, x = OracleDenoiser(toys.named("ring-8"), P.cosine()), start(P.cosine(), 2)
     for steps in (0, torch.tensor([]), torch.tensor([0.5, 0.5]), torch.tensor([1.5, 0.5]), torch.tensor([0.5, 0.0])):
@@ -216,3 +224,5 @@ def test_illegal_grids_and_missing_noise_are_refused():
         ancestral(oracle, x, 5)
     with pytest.raises(OptionError, match="pass rng="):
         ddim(oracle, x, 5, eta=0.5)
+    with pytest.raises(OptionError, match=r"lies in \[0, 1\], received 1.5"):
+        ddim(oracle, x, 5, eta=1.5, rng=0)

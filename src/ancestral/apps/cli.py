@@ -1,16 +1,18 @@
 """The command line. Nothing heavy is imported until a verb runs, so that `--help` answers at once."""
 
 import contextlib
+import errno
 import json
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ancestral.errors import AncestralError, RunError, unknown
+from ancestral.errors import AncestralError, unknown
 
 if TYPE_CHECKING:
     from ancestral.apps.progress import Progress
@@ -25,7 +27,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
-    no_args_is_help=True,
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
@@ -57,7 +58,9 @@ def train(
 
         if on_bad not in ("skip", "fail"):
             raise unknown("--on-bad", on_bad, ("skip", "fail"))
-        with _progress(as_json) as progress:
+        from ancestral.apps.progress import Progress
+
+        with _signals(), Progress() as progress:
             run = runs.prepare(
                 data,
                 to=to,
@@ -78,7 +81,7 @@ def train(
                 f"recipe {run.setup.recipe}: {parameters:,} parameters, {run.total:,} steps of "
                 f"{run.setup.training.batch} examples, seed {seed}"
             )
-            _warn_if_not_forgotten(run.model, run.data, say)
+            _warn_of_the_chain(run.model, run.data, say)
             for record in run.steps():
                 (loss,) = record.loss.values()
                 progress.update("training", record.step, run.total, f"loss {loss:.4f}")
@@ -101,7 +104,7 @@ def train(
 @app.command(epilog="Examples:  ancestral sample runs/digits-0001  |  ancestral sample RUN -n 16 --steps 250 --gif")
 def sample(
     run: RunPath,
-    n: Annotated[int, typer.Option("-n", min=1, help="How many.")] = 64,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 100,
     sampler: Annotated[str, typer.Option(help="ancestral, ddim, euler, heun or annealed-langevin.")] = "ancestral",
     seed: Seed = 0,
@@ -113,18 +116,19 @@ def sample(
     """Draw samples: a PNG, an .npz, and on request a GIF of the reverse chain."""
     with _guarded(as_json, debug):
         from ancestral.apps import output
+        from ancestral.apps.progress import Progress
         from ancestral.diffusion.sample import SAMPLERS
         from ancestral.training import checkpoint
 
         if sampler not in SAMPLERS:
             raise unknown("sampler", sampler, SAMPLERS)
         model, _, source = checkpoint.load_with_setup(run)
-        with _progress(as_json) as progress:
+        with Progress() as progress:
             drawn = output.draw_samples(
                 model, n, steps=steps, sampler=SAMPLERS[sampler], seed=seed, keep_path=gif, progress=progress.update
             )
         recipe = {"run": str(source), "n": n, "sampler": sampler, "steps": steps, "seed": seed}
-        folder = out or _run_directory(run) / "samples"
+        folder = out or checkpoint.run_of(run) / "samples"
         artifacts = output.write_samples(folder, model.facts, drawn, recipe)
         say = _Sayer(as_json)
         say(
@@ -146,7 +150,7 @@ def sample(
 def evaluate(
     run: RunPath,
     data: Annotated[str | None, typer.Option(help="Measure on the held-out split of this instead.")] = None,
-    n: Annotated[int, typer.Option(min=2, help="Held-out examples, at most.")] = 2000,
+    n: Annotated[int, typer.Option("-n", "--n", min=2, help="Held-out examples, at most.")] = 2000,
     likelihood: Annotated[
         str, typer.Option(help="'bound' draws terms at random steps; 'all-steps' computes all.")
     ] = "bound",
@@ -157,6 +161,7 @@ def evaluate(
     """Measure the variational bound on held-out data, term by term, beside two simple densities."""
     with _guarded(as_json, debug):
         from ancestral.apps import figures, output
+        from ancestral.apps.progress import Progress
         from ancestral.measure import evaluate as measuring
         from ancestral.training import checkpoint
 
@@ -164,9 +169,9 @@ def evaluate(
             raise unknown("--likelihood", likelihood, ("bound", "all-steps"))
         model, _, source = checkpoint.load_with_setup(run)
         say = _Sayer(as_json)
-        with _progress(as_json) as progress:
+        with Progress() as progress:
             examples = _data_of(run, data, model, progress, say)
-            _warn_if_not_forgotten(model, examples, say)
+            _warn_of_the_chain(model, examples, say)
             measured = measuring.evaluate(
                 model,
                 examples,
@@ -175,10 +180,11 @@ def evaluate(
                 seed=seed,
                 progress=progress.update,
             )
-        folder = output.fresh(_run_directory(run), "evaluation")
+        folder = output.fresh(checkpoint.run_of(run), "evaluation")
         folder.mkdir(parents=True)
         artifacts = {"terms": str(folder / "terms.png"), "evaluation": str(folder / "evaluation.json")}
-        figures.terms(measured.bound, model.facts).savefig(artifacts["terms"], dpi=150)
+        recipe = {"run": str(source), "n": n, "likelihood": likelihood, "seed": seed}
+        figures.save(figures.terms(measured.bound, model.facts), Path(artifacts["terms"]), recipe)
         result = measured.evaluation(
             run=str(source), data=examples.facts.name, variance=model.variance, seed=seed, artifacts=artifacts
         )
@@ -202,13 +208,17 @@ def figures(
     with _guarded(as_json, debug):
         from ancestral.apps import figures as drawing
         from ancestral.apps import output
+        from ancestral.apps.progress import Progress
         from ancestral.training import checkpoint
+        from ancestral.training.run import reload
 
-        checkpoint.find(run)
-        folder = output.fresh(out or _run_directory(run), "figures")
-        with _progress(as_json) as progress:
-            artifacts = drawing.draw_all(run, folder, seed=seed, progress=progress.update)
+        model, _, source = checkpoint.load_with_setup(run)
+        with Progress() as progress:
+            data = reload(run, progress.update)
+            folder = output.fresh(out or checkpoint.run_of(run), "figures")
+            artifacts = drawing.draw_all(model, data, folder, seed=seed, progress=progress.update)
         say = _Sayer(as_json)
+        say(f"figures of {source}, seed {seed}")
         for path in artifacts.values():
             say(f"  {path}")
         if as_json:
@@ -238,6 +248,11 @@ def _guarded(as_json: bool, debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         _fail(" ".join(str(error).split()), error.exit_code, as_json)
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        full = error.errno == errno.ENOSPC
+        _fail(f"{error.filename or 'the disk'}: {error.strerror or error}", 4 if full else 2, as_json)
     except Exception as error:
         if debug:
             raise
@@ -245,65 +260,76 @@ def _guarded(as_json: bool, debug: bool) -> Iterator[None]:
 
 
 def _fail(sentence: str, code: int, as_json: bool) -> None:
+    raise typer.Exit(_say_failure(sentence, code, as_json))
+
+
+def _say_failure(sentence: str, code: int, as_json: bool) -> int:
     print(f"ancestral: {sentence}", file=sys.stderr)  # noqa: T201
     if as_json:
         _print_json(error=sentence, exit_code=code)
-    raise typer.Exit(code)
+    return code
 
 
 def _print_json(**record: Any) -> None:
     print(json.dumps(record))  # noqa: T201
 
 
-def _progress(as_json: bool) -> "contextlib.AbstractContextManager[Progress]":
-    from ancestral.apps.progress import Progress
-
-    return Progress()
-
-
-def _run_directory(run: Path) -> Path:
-    """The run that a checkpoint belongs to, or the run itself."""
-    if run.name == "final":
-        return run.parent
-    return run.parent.parent if run.parent.name == "checkpoints" else run
-
-
-def _data_of(
-    run: Path, data: str | None, model: "Diffusion", progress: "Progress", say: Callable[[str], None]
-) -> "Data":
+def _data_of(run: Path, data: str | None, model: "Diffusion", progress: "Progress", say: "_Sayer") -> "Data":
     """The data to measure on: what was named, or what the run was trained on, read again in the same way."""
     from ancestral.data import load
+    from ancestral.training.run import reload
 
     if data is not None:
         square = model.facts.is_image and model.facts.shape[1] == model.facts.shape[2]
         files = Path(data).is_dir() or data.lower().endswith(".zip")
         return load(data, size=model.facts.shape[1] if square and files else None, progress=progress.update)
-    path = _run_directory(run) / "run.json"
-    try:
-        record = json.loads(path.read_text())["data"]
-        source, size, on_bad = record["source"], record["size"], record["on_bad"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{path}: does not say what the run was trained on; name the data with --data") from None
-    examples = load(source, size=size, on_bad=on_bad, progress=progress.update)
+    examples = reload(run, progress.update)
     if examples.facts.digest != model.facts.digest:
-        say(f"note: {source} has changed since the run was trained on it: what is held out may have been learnt from")
+        say(f"note: {examples.facts.name} has changed since the run: what is held out may have been learnt from")
     return examples
 
 
-def _warn_if_not_forgotten(model: "Diffusion", data: "Data", say: Callable[[str], None]) -> None:
-    """F5: the end of the chain must be the prior; says so when more than a hundredth of a bit per dimension is left."""
-    x_0 = model.facts.scale.forward(data.held_out[:256])
-    left = float(model.facts.bits_per_dim(model.process.terminal_kl(x_0).mean()))
+def _warn_of_the_chain(model: "Diffusion", data: "Data", say: "_Sayer") -> None:
+    """F4 and F5: says when betas do not increase, and when the end of the chain still knows of the data."""
+    facts, process = model.facts, model.process
+    if process.constraint == "variance-preserving" and not process.chain(model.chain).increasing:
+        say("note: the betas of this chain do not increase throughout; alpha_bar decreases, which is what is needed")
+    left = float(process.terminal_kl(facts.scale.forward(data.held_out[:256])).mean())
+    left = facts.bits_per_dim(left) if facts.levels else left
     if left > 0.01:
         say(
-            f"note: the chain ends with {left:.3f} bits/dim of the data not forgotten; a schedule that ends in more "
-            "noise would forget them"
+            f"note: the chain ends with {left:.3f} {facts.unit} of the data not forgotten; a schedule that ends in "
+            "more noise would forget them"
         )
 
 
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """While training, SIGTERM stops as Ctrl-C does: with a checkpoint."""
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
 def main() -> None:
-    """Entry point of the command."""
-    app()
+    """Entry point of the command: a usage error, too, is one sentence and exit code 2."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except typer.Abort:
+        code = 3
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        sentence = " ".join(error.format_message().split()).rstrip(".")
+        context = getattr(error, "ctx", None)
+        shown = f"'{context.command_path if context else 'ancestral'} --help' shows what can be given"
+        code = _say_failure(f"{sentence}; {shown}", 2, "--json" in sys.argv)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

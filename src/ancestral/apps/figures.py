@@ -1,8 +1,7 @@
 """The derivation as four figures: families, the forward chain, a swiss roll there and back, the terms of the bound.
 
-Every number in them is computed when they are drawn, by the functions the rest of the program uses. Matplotlib is
-loaded by the first figure, as objects only: nothing here reads or changes its global state. Lengths are in inches
-from the lower left corner, so that what is aligned in one figure is aligned in all.
+Every number in them is computed when they are drawn, by the functions the rest of the program uses. The first figure,
+and the sheet and the palette of all, are in `diagram`.
 """
 
 import json
@@ -16,31 +15,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ancestral import data as sources
-from ancestral.data import Data, Facts, draw
+from ancestral.apps.diagram import (
+    BLUE,
+    DPI,
+    FAINT,
+    GREY,
+    INK,
+    LARGE,
+    MUTED,
+    NORMAL,
+    RED,
+    SMALL,
+    WIDTH,
+    axes_at,
+    families,
+    sheet,
+    typeset,
+    write,
+)
+from ancestral.data import Data, Facts, draw, load
 from ancestral.data.dataset import Progress
 from ancestral.diffusion.denoise import reverse
 from ancestral.diffusion.likelihood import Bound, mean_and_stderr
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.process import Process
-from ancestral.errors import RunError
 from ancestral.measure.evaluate import evaluate
 from ancestral.rng import randn, stream
-from ancestral.training import checkpoint, recipes, train
+from ancestral.training import loop, recipes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
-Colour = str | tuple[float, float, float]
-
-INK, MUTED, FAINT = "#1d2733", "#66717d", "#dfe4e8"
-BLUE, GREY, RED = "#1f4e79", "#7f8b97", "#c4512d"
-"""Data is blue, noise is grey, what a network has learnt is red, the one warm colour: apart for every eye."""
-
-WIDTH, DPI = 9.0, 150
-LARGE, NORMAL, SMALL = 14, 13, 11.5  # points
 TIMES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 EDGE = 2.8  # of the plane that is shown, in standard deviations of the data
 DOT: dict[str, Any] = {
@@ -55,95 +61,6 @@ ROLL = ("mlp.width=64", "mlp.depth=3", "training.batch=512", "training.rate=3e-3
 CHAIN = 200  # steps of the learned reverse chain
 BINS = 60  # of steps in the figure of the bound, at most
 INTERVAL = 1.96  # standard errors to either side, for 95%
-
-
-# Four families.
-
-
-def families() -> "Figure":
-    """How x and z are related in a GAN, a VAE, a flow and a diffusion, and what each can say about log p(x).
-
-    References: Goodfellow et al. (2014); Kingma & Welling (2014); Dinh et al. (2015); Sohl-Dickstein et al. (2015).
-    """
-    figure = _sheet(6.1)
-    axes = _canvas(figure)
-    columns, (gan, vae, flow, diffusion) = (1.65, 2.7, 3.75, 4.8, 5.85), (4.57, 3.27, 2.12, 0.78)
-    for y, name, learns, says in (
-        (5.7, "", "what it learns", r"$\log p(x)$"),
-        (gan, "GAN", "a game: $G$ makes, $D$ judges", "none"),
-        (vae, "VAE", "to encode and to decode", "lower bound"),
-        (flow, "Flow", "one invertible map", "exact"),
-        (diffusion, "Diffusion", "to undo each step of noise", "lower bound, term by term"),
-    ):
-        _write(axes, 0.3, y, name, size=LARGE, weight="bold", va="center")
-        _write(axes, 6.5, y + 0.13, learns, va="center")
-        _write(axes, 6.5, y - 0.14, says, BLUE, va="center", weight="bold")
-    for x, name, colour, marker in ((1.47, "data", BLUE, "o"), (2.37, "noise", GREY, "o"), (3.36, "learned", RED, "s")):
-        axes.scatter(x, 5.7, s=80, marker=marker, facecolor=colour)
-        _write(axes, x + 0.15, 5.69, name, va="center")
-    axes.hlines((5.32, 3.82, 2.71, 1.52), 0.3, WIDTH - 0.3, color=FAINT, linewidth=1)
-
-    def row(y: float, *things: tuple[str, str, Colour]) -> list[_Place]:
-        return [_place(axes, x, y, *thing) for x, thing in zip(columns, things, strict=False)]
-
-    data, noise, made = ("full", "x", BLUE), ("full", "z", GREY), ("hollow", r"\tilde{x}", BLUE)
-    z, G, fake = row(gan + 0.32, noise, ("box", "G", RED), made)
-    real, D = _place(axes, columns[2], gan - 0.32, *data), _place(axes, columns[3], gan, "box", "D", RED)
-    verdict = _place(axes, columns[4], gan, "bare", r"\mathrm{real?}", INK)
-    for pair in ((z, G), (G, fake), (fake, D), (real, D), (D, verdict)):
-        _arrows(axes, pair)
-
-    encoder, decoder = ("box", r"q_\phi(z\,|\,x)", RED), ("box", r"p_\theta(x\,|\,z)", RED)
-    _arrows(axes, row(vae, data, encoder, noise, decoder, made))
-
-    dots = ("bare", r"\cdots", INK)
-    maps = row(flow, data, ("box", "f_1", RED), dots, ("box", "f_K", RED), noise)
-    early, late = ("full", "x_1", _mix(BLUE, GREY, 0.25)), ("full", "x_{T-1}", _mix(BLUE, GREY, 0.75))
-    chain = row(diffusion, ("full", "x_0", BLUE), early, dots, late, ("full", "x_T", GREY))
-    for places, lift, name, colour in (
-        (maps, 0.08, "$f$", RED),
-        (maps[::-1], -0.08, "$f^{-1}$", RED),
-        (chain, 0.08, r"$q(x_t\,|\,x_{t-1})$", MUTED),
-        (chain[::-1], -0.08, r"$p_\theta(x_{t-1}\,|\,x_t)$", RED),
-    ):
-        _arrows(axes, places, colour, lift)
-        _write(axes, columns[2], places[2].y + 4.5 * lift, name, colour, ha="center", va="center")
-    return _typeset(figure)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Something in the diagram that arrows start from and end at."""
-
-    x: float
-    y: float
-    outline: "Patch"
-
-
-def _place(axes: "Axes", x: float, y: float, shape: str, name: str, colour: Colour) -> _Place:
-    """A variable is a full circle, or a hollow one if a model made it; a network is a box; the rest is bare."""
-    from matplotlib.patches import Circle, FancyBboxPatch
-
-    outline: Patch = Circle((x, y), 0.26)
-    if shape == "box":
-        outline = FancyBboxPatch((x - 0.37, y - 0.2), 0.74, 0.4, boxstyle="round,pad=0,rounding_size=0.08")
-    outline.set(facecolor=colour if shape == "full" else _mix(colour, "white", 0.92), edgecolor=colour)
-    outline.set(linewidth=1.5, zorder=3, visible=shape != "bare")
-    axes.add_patch(outline)
-    ink, size = "white" if shape == "full" else colour, NORMAL if shape == "box" else LARGE
-    _write(axes, x, y - 0.01, f"${name}$", ink, size=size, ha="center", va="center", zorder=4)
-    return _Place(x, y, outline)
-
-
-def _arrows(axes: "Axes", places: Sequence[_Place], colour: Colour = MUTED, lift: float = 0.0) -> None:
-    """From each place to the next, outline to outline, that much above the line between their centres."""
-    from matplotlib.patches import FancyArrowPatch
-
-    for a, b in pairwise(places):
-        ends = (a.x, a.y + lift), (b.x, b.y + lift)
-        arrow = FancyArrowPatch(*ends, patchA=a.outline, patchB=b.outline, shrinkA=4, shrinkB=4, arrowstyle="-|>")
-        arrow.set(mutation_scale=12, color=colour, linewidth=1.4)
-        axes.add_patch(arrow)
 
 
 # The forward chain.
@@ -203,11 +120,10 @@ def forward_chain(
     rows, gap, left = (0, -1) if facts.is_image else (0,), 0.13, 0.3
     side = (WIDTH - 2 * left + gap) / len(times) - gap
     height = len(rows) * (side + gap) + 4.2
-    figure = _sheet(height)
-    canvas, top = _canvas(figure), height - 0.6
+    (figure, canvas), top = sheet(height), height - 0.6
     for column, (t, x_t) in enumerate(zip(times, walk, strict=True)):
         x = left + column * (side + gap)
-        _write(canvas, x + side / 2, top + 0.14, f"$t={t:g}$", ha="center")
+        write(canvas, x + side / 2, top + 0.14, f"$t={t:g}$", ha="center")
         for row, example in enumerate(rows):
             panel = _framed(figure, x, top - side - row * (side + gap), side)
             alpha_t, sigma_t = process(t)
@@ -221,15 +137,15 @@ def forward_chain(
     _coefficients(figure, process, times, [regressed(x_0, x_t) for x_t in walk])
     lines = "Lines: the closed form. Dots: regressed on $x_0$"
     walked = rf"{lines} from {len(images):,} held-out examples after a walk of $q(x_t\,|\,x_s)$."
-    _write(canvas, left, 0.25, walked, MUTED, size=SMALL)
-    return _typeset(figure)
+    write(canvas, left, 0.25, walked, MUTED, size=SMALL)
+    return typeset(figure)
 
 
 def _coefficients(
     figure: "Figure", process: Process, times: Sequence[float], measured: Sequence[tuple[float, float, float]]
 ) -> None:
     """The curves of a process, and what was measured at some times as dots."""
-    curves, ratio = _axes(figure, 0.75, 1.05, 3.3, 1.95), _axes(figure, 5.3, 1.05, 3.3, 1.95)
+    curves, ratio = axes_at(figure, 0.75, 1.05, 3.3, 1.95), axes_at(figure, 5.3, 1.05, 3.3, 1.95)
     t = torch.linspace(0, 1, 401, dtype=torch.float64)
     alpha, sigma = process(t)
     slopes, spreads, _ = zip(*measured, strict=True)
@@ -237,7 +153,7 @@ def _coefficients(
     for line, dots, colour, name in ((alpha, slopes, BLUE, r"$\alpha_t$"), (sigma, spreads, GREY, r"$\sigma_t$")):
         curves.plot(t, line, color=colour, linewidth=2, clip_on=wide)
         curves.plot(times, dots, "o", color=colour, **DOT)
-        _write(curves, 1.05, float(line[-1]), name, colour, size=LARGE, va="center")
+        write(curves, 1.05, float(line[-1]), name, colour, size=LARGE, va="center")
     if wide:
         curves.set(yscale="log", ylim=(0.01, float(sigma[-1])))
         curves.minorticks_off()
@@ -255,7 +171,7 @@ def _coefficients(
 
 def _framed(figure: "Figure", left: float, bottom: float, side: float) -> "Axes":
     """A square in a faint frame, without ticks."""
-    panel = _axes(figure, left, bottom, side, side)
+    panel = axes_at(figure, left, bottom, side, side)
     panel.set(xticks=[], yticks=[])
     panel.spines[:].set(visible=True, color=FAINT)
     return panel
@@ -270,16 +186,22 @@ def _cloud(panel: "Axes", points: Tensor, colour: str) -> None:
         panel.hist(points.flatten().numpy(), bins=40, range=(-EDGE, EDGE), color=colour)
 
 
+def _over_time(axes: "Axes", title: str, label: str = "") -> None:
+    axes.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xticklabels=["0", "0.25", "0.5", "0.75", "1"])
+    axes.set_title(title, loc="left", size=NORMAL, color=INK, pad=11)
+    axes.set_xlabel(label, size=NORMAL, color=INK, labelpad=1)
+
+
 # A swiss roll, there and back.
 
 
 def learn_roll(*, steps: int, seed: int = 0, progress: Progress | None = None) -> tuple[Diffusion, Data]:
     """A small network that has learnt to denoise the swiss roll, and the roll."""
-    data = sources.load("swiss-roll", seed=seed)
+    data = load("swiss-roll", seed=seed)
     setup = recipes.change(recipes.choose(data.facts), ROLL)
     model = recipes.build(setup, data.facts, seed)
-    average = train.Average(model.network, setup.training.ema)
-    for record in train.steps(model, data, setup.training, steps, seed=seed, averages={"denoiser": average}):
+    average = loop.Average(model.network, setup.training.ema)
+    for record in loop.steps(model, data, setup.training, steps, seed=seed, averages={"denoiser": average}):
         if progress and record.step % 50 == 0:
             progress("learning a swiss roll", record.step, steps)
     model.network.load_state_dict(average.module.state_dict())
@@ -307,22 +229,21 @@ def swiss_roll(seed: int = 0, steps: int = 2500, progress: Progress | None = Non
     gap, left = 0.32, 0.3
     side = (WIDTH - 2 * left + gap) / len(times) - gap
     upper, lower = side + 1.05, 0.55
-    figure = _sheet(2 * side + 1.6)
-    canvas = _canvas(figure)
-    _write(canvas, left, upper + side + 0.17, r"noise is added: $q(x_t\,|\,x_{t-1})$", BLUE)
-    _write(canvas, WIDTH - left, 0.22, r"and taken away: $p_\theta(x_{t-1}\,|\,x_t)$, learned", RED, ha="right")
-    _write(canvas, left, 0.22, r"arrows: where a step leads, $\mu_\theta(x_t, t) - x_t$", MUTED, size=SMALL)
+    figure, canvas = sheet(2 * side + 1.6)
+    write(canvas, left, upper + side + 0.17, r"noise is added: $q(x_t\,|\,x_{t-1})$", BLUE)
+    write(canvas, WIDTH - left, 0.22, r"and taken away: $p_\theta(x_{t-1}\,|\,x_t)$, learned", RED, ha="right")
+    write(canvas, left, 0.22, r"arrows: where a step leads, $\mu_\theta(x_t, t) - x_t$", MUTED, size=SMALL)
     for column, (t, x_t) in enumerate(zip(times, there, strict=True)):
         x = left + column * (side + gap)
         above, below = _framed(figure, x, upper, side), _framed(figure, x, lower, side)
         _cloud(above, x_t, BLUE)
         _cloud(below, back[t], RED)
         _drift(below, model, max(t, 2 / CHAIN))
-        _write(canvas, x + side / 2, lower + side + 0.2, f"$t={t:g}$", ha="center")
+        write(canvas, x + side / 2, lower + side + 0.2, f"$t={t:g}$", ha="center")
         for y, arrow, colour in ((upper, r"$\rightarrow$", BLUE), (lower, r"$\leftarrow$", RED)):
             if column:
-                _write(canvas, x - gap / 2, y + side / 2, arrow, colour, size=LARGE, ha="center", va="center")
-    return _typeset(figure)
+                write(canvas, x - gap / 2, y + side / 2, arrow, colour, size=LARGE, ha="center", va="center")
+    return typeset(figure)
 
 
 def _drift(panel: "Axes", model: Diffusion, t: float) -> None:
@@ -345,7 +266,7 @@ class Binned:
     """The middle terms of a bound in bins of neighbouring steps, each as the mean of a single term.
 
     Attributes:
-        edges: times that bound the bins, shape (B + 1,).
+        edges: of the bins, as shares t/T of the steps, whatever their times: each step is as wide; shape (B + 1,).
         sizes: how many terms are in each bin, shape (B,).
         mean: of one term in each bin, nats, shape (B,).
         stderr: standard error of it over examples, shape (B,).
@@ -377,8 +298,8 @@ def binned(bound: Bound, bins: int = BINS) -> Binned:
     groups = torch.arange(len(bound.weights)).tensor_split(min(bins, len(bound.weights)))
     sizes = torch.stack([bound.weights[group].sum() for group in groups])
     each = torch.stack([(bound.terms[:, group] * bound.weights[group]).sum(1) for group in groups], 1) / sizes
-    last = torch.cat([torch.zeros(1), sizes.cumsum(0)]).round().long()
-    return Binned(bound.times[last], sizes, each.mean(0), each.std(0) / len(each) ** 0.5)
+    edges = (1 + torch.cat([torch.zeros(1), sizes.cumsum(0)]).round()) / len(bound.times)
+    return Binned(edges, sizes, each.mean(0), each.std(0) / len(each) ** 0.5)
 
 
 def terms(bound: Bound, facts: Facts) -> "Figure":
@@ -398,8 +319,8 @@ def terms(bound: Bound, facts: Facts) -> "Figure":
     L_0, L_T, total = (unit(nats.mean()) for nats in (bound.decoder, bound.prior, bound.nats))
     running = torch.cat([L_0[None], L_0 + (parts.sizes * heights).cumsum(0)])
 
-    figure = _sheet(6.5)
-    canvas, each, summed = _canvas(figure), _axes(figure, 0.85, 3.85, 5.4, 2.1), _axes(figure, 0.85, 1.05, 5.4, 2.0)
+    figure, canvas = sheet(6.5)
+    each, summed = axes_at(figure, 0.85, 3.85, 5.4, 2.1), axes_at(figure, 0.85, 1.05, 5.4, 2.0)
     low, high = float(heights.clamp(min=1e-9).min()) / 10, float(torch.maximum(heights.max(), L_0).clamp(min=1e-6))
     each.stairs(heights, edges, baseline=None, color=BLUE, linewidth=2)
     each.errorbar((edges[:-1] + edges[1:]) / 2, heights, errors, fmt="none", ecolor=BLUE, elinewidth=1.3)
@@ -432,16 +353,16 @@ def terms(bound: Bound, facts: Facts) -> "Figure":
         (1.43, "", "", rf"$\pm$ {_short(error)}", INK),
     )
     for y, name, symbol, value, colour in table:
-        _write(canvas, 6.65, y, name, colour)
-        _write(canvas, 7.45, y, symbol, colour)
-        _write(canvas, 8.75, y, value, colour, ha="right")
+        write(canvas, 6.65, y, name, colour)
+        write(canvas, 7.45, y, symbol, colour)
+        write(canvas, 8.75, y, value, colour, ha="right")
     canvas.hlines(2.08, 6.65, 8.75, color=MUTED, linewidth=1)
     note = f"Means over {len(bound.nats):,} held-out examples with 95% intervals"
     middle = len(bound.times) - 1
     if middle > len(heights):
         note += f"; the {middle:,} middle terms are averaged in {len(heights)} bins"
-    _write(canvas, 0.3, 0.25, f"{note}.", MUTED, size=SMALL)
-    return _typeset(figure)
+    write(canvas, 0.3, 0.25, f"{note}.", MUTED, size=SMALL)
+    return typeset(figure)
 
 
 def _beside(axes: "Axes", name: str, x: float, y: float, colour: str) -> None:
@@ -462,11 +383,14 @@ def _power(value: float) -> str:
 # A run's figures.
 
 
-def draw_all(run: Path, out: Path, *, seed: int = 0, progress: Progress | None = None) -> dict[str, Path]:
-    """Draw every figure for a run and write them as PNGs that carry how they were made.
+def draw_all(
+    model: Diffusion, data: Data, out: Path, *, seed: int = 0, progress: Progress | None = None
+) -> dict[str, Path]:
+    """Draw every figure for a model and write them as PNGs that carry how they were made.
 
     Args:
-        run: a run directory.
+        model: trained.
+        data: that it was trained on, whose held-out split is shown and measured.
         out: a directory in which nothing has these names.
         seed: of the noise and of the swiss roll.
         progress: told (what, done, of).
@@ -475,9 +399,9 @@ def draw_all(run: Path, out: Path, *, seed: int = 0, progress: Progress | None =
         The file of each figure.
 
     Raises:
-        UserError: in one sentence, if the run or its data cannot be read.
+        DataError: if the data is not of the kind that the model was made for; nothing was written.
+        FileExistsError: a figure is never overwritten.
     """
-    model, data = checkpoint.load(run), _data(run.resolve(), progress)
     n, every = 200 if len(model.facts.shape) == 3 else 2000, max(1, len(data.held_out) // 500)
     measured = evaluate(model, data, n=n, seed=seed, progress=progress)
     figures: dict[str, Callable[[], Figure]] = {
@@ -489,7 +413,7 @@ def draw_all(run: Path, out: Path, *, seed: int = 0, progress: Progress | None =
     out.mkdir(parents=True, exist_ok=True)
     paths = {name: out / f"{name}.png" for name in figures}
     for name, path in paths.items():
-        save(figures[name](), path, {"figure": name, "run": run.resolve().name, "seed": seed})
+        save(figures[name](), path, {"figure": name, "data": data.facts.name, "seed": seed})
     return paths
 
 
@@ -502,70 +426,3 @@ def save(figure: "Figure", path: Path, recipe: Mapping[str, Any]) -> None:
     with path.open("xb") as file:
         words = {"Software": None, draw.KEY: json.dumps(recipe, sort_keys=True)}
         figure.savefig(file, format="png", dpi=DPI, metadata=words)
-
-
-def _data(run: Path, progress: Progress | None) -> Data:
-    """The data that a run was trained on, read again; `run` may be a checkpoint inside it."""
-    home = next((path for path in (run, *run.parents[:2]) if (path / "run.json").is_file()), run)
-    try:
-        record = json.loads((home / "run.json").read_bytes())["data"]
-        source, size, on_bad = record["source"], record["size"], record["on_bad"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunError(f"{home / 'run.json'}: does not say what the run was trained on; name a run directory") from None
-    return sources.load(source, size=size, on_bad=on_bad, progress=progress)
-
-
-# Drawing.
-
-
-def _sheet(height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white")
-
-
-def _axes(figure: "Figure", left: float, bottom: float, width: float, height: float) -> "Axes":
-    W, H = figure.get_size_inches()
-    axes = figure.add_axes((left / W, bottom / H, width / W, height / H))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MUTED)
-    axes.tick_params(color=MUTED, labelcolor=INK, labelsize=SMALL)
-    return axes
-
-
-def _over_time(axes: "Axes", title: str, label: str = "") -> None:
-    axes.set(xlim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], xticklabels=["0", "0.25", "0.5", "0.75", "1"])
-    axes.set_title(title, loc="left", size=NORMAL, color=INK, pad=11)
-    axes.set_xlabel(label, size=NORMAL, color=INK, labelpad=1)
-
-
-def _write(axes: "Axes", x: float, y: float, words: str, colour: Colour = INK, **how: Any) -> None:
-    axes.text(x, y, words, **{"color": colour, "size": NORMAL, **how})
-
-
-def _canvas(figure: "Figure") -> "Axes":
-    """Axes over a whole figure, one unit to the inch."""
-    W, H = figure.get_size_inches()
-    axes = _axes(figure, 0, 0, W, H)
-    axes.set(xlim=(0, W), ylim=(0, H))
-    axes.axis("off")
-    return axes
-
-
-def _typeset(figure: "Figure") -> "Figure":
-    """Set every word and formula in STIX, which comes with matplotlib: the same on every machine."""
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
-        assert isinstance(text, Text)
-        text.set_fontfamily("STIXGeneral")
-        text.set_math_fontfamily("stix")
-    return figure
-
-
-def _mix(a: Colour, b: Colour, share: float) -> Colour:
-    """The colour that far from a to b."""
-    from matplotlib.colors import to_rgb
-
-    red, green, blue = ((1 - share) * x + share * y for x, y in zip(to_rgb(a), to_rgb(b), strict=True))
-    return red, green, blue

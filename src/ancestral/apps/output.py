@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from torch import Tensor
 from ancestral.data import Facts, draw
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.sample import Sampler
-from ancestral.errors import RunError
 from ancestral.measure.evaluate import Evaluation
 
 BATCH = 256
@@ -44,7 +44,8 @@ def draw_samples(
     progress: Callable[[str, int, int], None],
 ) -> Samples:
     """n samples in batches; sample i has its own stream (seed, i), whatever the batch."""
-    began, parts, frames = time.perf_counter(), [], []
+    began, parts, frames, asked = time.perf_counter(), [], [], []
+    counting = model.network.register_forward_hook(lambda _, inputs, __: asked.append(len(inputs[0])))
     for start in range(0, n, BATCH):
         size = min(BATCH, n - start)
         for i, point in enumerate(model.sample_path(size, steps=steps, sampler=sampler, rng=seed, start=start)):
@@ -52,8 +53,8 @@ def draw_samples(
                 frames.append(model.facts.to_raw(point.x))
             progress("sampling", start * steps + size * i, n * steps)
         parts.append(model.facts.to_raw(point.x))
-    x = torch.cat(parts)
-    return Samples(x, frames, n * sampler.evaluations * steps, time.perf_counter() - began)
+    counting.remove()
+    return Samples(torch.cat(parts), frames, sum(asked), time.perf_counter() - began)
 
 
 def write_samples(folder: Path, facts: Facts, samples: Samples, recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -62,21 +63,33 @@ def write_samples(folder: Path, facts: Facts, samples: Samples, recipe: Mapping[
     stem = fresh(folder, "sample")
     png, npz, gif = (Path(f"{stem}.{suffix}") for suffix in ("png", "npz", "gif"))
     image = draw.grid(facts, samples.x[: SHOWN if facts.is_image else None])
-    draw.save_png(image, png, dict(recipe))
-    np.savez_compressed(npz, x=samples.x.numpy(), recipe=np.array(json.dumps(recipe)))
+    with whole(png) as path:
+        draw.save_png(image, path, dict(recipe))
+    with whole(npz) as path:
+        np.savez_compressed(path, x=samples.x.numpy(), recipe=np.array(json.dumps(recipe)))
     artifacts = {"png": str(png), "npz": str(npz)}
     if samples.frames:
         first, *rest = (draw.grid(facts, frame[:SHOWN]) for frame in samples.frames)
-        times = [80] * len(rest) + [1500]
-        first.save(gif, save_all=True, append_images=rest, duration=times, loop=0, comment=json.dumps(recipe).encode())
+        times, comment = [80] * len(rest) + [1500], json.dumps(recipe).encode()
+        with whole(gif) as path:
+            first.save(path, save_all=True, append_images=rest, duration=times, loop=0, comment=comment)
         artifacts["gif"] = str(gif)
     return artifacts
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it becomes `path` when all went well, and is removed when not."""
+    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def fresh(folder: Path, stem: str) -> Path:
     """The first of folder/stem-0001, folder/stem-0002, ... that no file or directory starts with."""
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder}: is a file; name a directory")
     taken = {path.name.split(".")[0] for path in folder.glob(f"{stem}-*")} if folder.is_dir() else set()
     number = 1
     while f"{stem}-{number:04d}" in taken:
@@ -96,7 +109,8 @@ def evaluation_lines(result: Evaluation) -> list[str]:
         return f"  {label:<24}{value:10.4f}   {difference}"
 
     return [
-        f"{result.data}: {result.n_images:,} held-out examples, chain of {result.chain:,} steps, {unit}",
+        f"{result.data}: {result.n_images:,} held-out examples, {unit}, chain of {result.chain:,} steps, seed "
+        f"{result.seed}",
         f"  {'variational bound':<24}{found.value:10.4f} ± {found.stderr:.4f}   ({result.n_evaluations:,} evaluations, "
         f"{result.seconds:.0f} s)",
         f"    {'L_T   prior':<22}{found.prior:10.4f}",

@@ -2,8 +2,9 @@
 
     x_0_hat = c_skip x_t + c_out net(c_in x_t, c_noise)
 
-One row of `ROWS` per parameterization gives (c_skip, c_out); c_in brings the input to unit variance and c_noise is
-the log-SNR. With the squared error of x_0_hat weighted by 1 / c_out^2, every row recovers its historical loss.
+One row of `ROWS` per parameterization gives (c_skip, c_out); c_in brings the input to unit variance for data of
+variance sigma_data^2, and c_noise is the log-SNR. With the squared error of x_0_hat weighted by 1 / c_out^2, every
+row recovers its historical loss.
 """
 
 from abc import ABC, abstractmethod
@@ -13,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ancestral.diffusion.process import Process, Time, per_example
+from ancestral.diffusion.process import LOG_SNR_MIN, Process, Time, per_example
 from ancestral.errors import OptionError, unknown
 
 Row = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -67,7 +68,8 @@ class NetworkDenoiser(Denoiser):
     """A network read as a denoiser through one row of `ROWS`.
 
     Args:
-        net: (c_in x_t, c_noise) -> output of the shape of x_t, with c_noise the log-SNR in nats, shape (B,).
+        net: (c_in x_t, c_noise) -> output of the shape of x_t, with c_noise the log-SNR in nats, shape (B,), clamped
+            to +-20.
         process: the forward process that noised the data.
         predicts: which row.
         sigma_data: standard deviation of the data in the model's units.
@@ -96,7 +98,7 @@ class NetworkDenoiser(Denoiser):
     def forward(self, x_t: Tensor, t: Time) -> Tensor:
         """E[x_0 | x_t] = c_skip x_t + c_out net(c_in x_t, c_noise)."""
         c_skip, c_out, c_in = (per_example(c, x_t) for c in self.coefficients(t))
-        c_noise = self.process.log_snr(t).clamp(-20, 20).to(x_t.dtype).expand(len(x_t))
+        c_noise = self.process.log_snr(t).clamp(LOG_SNR_MIN, -LOG_SNR_MIN).to(x_t.dtype).expand(len(x_t))
         return c_skip * x_t + c_out * self.net(c_in * x_t, c_noise).to(x_t.dtype)
 
 
@@ -137,7 +139,7 @@ class Clipped(Denoiser):
 
 
 VARIANCES = ("beta", "fixed-large", "fixed-small", "optimal")
-"""What the reverse chain may take as Sigma_theta; `likelihood.decoder_var` lists how they differ in the last step."""
+"""What the reverse chain may take as Sigma_theta; `likelihood.decoder_nats` says how they differ in the last step."""
 
 
 def reverse(

@@ -20,9 +20,9 @@ from torch import Tensor
 from ancestral import gaussian
 from ancestral.diffusion.denoise import Denoiser, known_variance, reverse
 from ancestral.diffusion.process import per_example
-from ancestral.diffusion.sample import grid, uniform
+from ancestral.diffusion.sample import grid
 from ancestral.errors import OptionError
-from ancestral.rng import Rng, rand
+from ancestral.rng import Rng, Seeds, rand, streams
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def bound(
     x_0: Tensor,
     steps: int | Tensor = 1000,
     *,
-    rng: Rng,
+    rng: Seeds,
     draws: int | None = None,
     variance: str = "fixed-small",
     levels: int | None = None,
@@ -113,8 +113,8 @@ def bound(
     Args:
         denoiser: E[x_0 | x_t].
         x_0: examples in the model's units, shape (B, ...); on `levels` values in [-1, 1] when there are levels.
-        steps: the chain, a grid of decreasing times, or the number of steps of the chain t_i = i / T.
-        rng: one generator, or one per example.
+        steps: the chain, a grid of decreasing times, or the number of steps of the default grid.
+        rng: a seed, one per example, or generators.
         draws: middle terms per example, 1 to T - 1; None for all of them.
         variance: of the reverse chain, one of `denoise.VARIANCES`.
         levels: number of levels of the data; None for a real-valued density.
@@ -136,12 +136,13 @@ def bound(
         >>> bool(result.nats.mean() > toy.entropy()), result.evaluations
         (True, 12000)
     """
-    times = grid(denoiser.process, uniform(steps) if isinstance(steps, int) else steps).flip(0)
+    times = grid(denoiser.process, steps).flip(0)
     middle = len(times) - 1
     draws = middle if draws is None else draws
     if not (draws == middle == 0 or 1 <= draws <= middle):
         raise OptionError(f"a chain of {middle + 1} steps has {middle} middle terms, cannot draw {draws} of them")
     n, process = len(x_0), denoiser.process
+    rng = streams(rng, n)
     with torch.no_grad():
         edges = torch.arange(draws + 1) * middle // max(draws, 1)
         sizes = edges.diff()
@@ -172,12 +173,12 @@ def kl_term(denoiser: Denoiser, x_0: Tensor, s: Tensor, t: Tensor, variance: str
 def decoder_nats(denoiser: Denoiser, x_0: Tensor, times: Tensor, variance: str, levels: int | None, rng: Rng) -> Tensor:
     """L_0 = -log p_theta(x_0|x_1) at one draw of x_1, nats per example, shape (B,).
 
-    p_theta(x_0|x_1) = N(x_0_hat, var), integrated over the bin of each level when the data has levels. Between
-    real values the variance is
+    p_theta(x_0|x_1) = N(x_0_hat, var), as a density, or integrated over the bin of each level, with
 
-        "beta"                          beta_1 = sigma_1^2
-        "fixed-large", "fixed-small"    beta~_2, which the original code puts in place of beta~_1 = 0
-        "optimal"                       Var[x_0|x_1]
+        "beta"                          var = beta_1 = sigma_1^2
+        "fixed-large", "fixed-small"    var = beta~_2, which the original code puts in place of beta~_1 = 0 (in a chain
+                                        of one step there is none, and beta_1 is taken)
+        "optimal"                       var = Var[x_0|x_1]
 
     References: Ho et al. (2020), eq. 13 and the published code; Bao et al. (2022).
     """
@@ -199,7 +200,7 @@ def continuous_bound(
     x_0: Tensor,
     t_min: float = 1e-3,
     *,
-    rng: Rng,
+    rng: Seeds,
     draws: int = 1,
     levels: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,6 +211,7 @@ def continuous_bound(
     Reference: Kingma et al. (2021), eq. 17.
     """
     process, n = denoiser.process, len(x_0)
+    rng = streams(rng, n)
     total = torch.zeros(n, dtype=torch.float64)
     with torch.no_grad():
         for u in (rand((n, draws), rng) + torch.arange(draws)).div(draws).unbind(1):

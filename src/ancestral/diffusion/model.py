@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,8 +13,8 @@ from ancestral.diffusion import sample as samplers
 from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, NetworkDenoiser
 from ancestral.diffusion.process import LOG_SNR_MIN, Process
 from ancestral.errors import OptionError, unknown
-from ancestral.protocol import Density, Player, Seeds
-from ancestral.rng import randn, streams
+from ancestral.protocol import Density, Player
+from ancestral.rng import Seeds, rand, randn, streams
 
 
 def simple(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,14 +26,15 @@ def simple(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
 def bound(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
     """The middle terms of the bound, L_{t-1} = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - x_0_hat||^2, for reverse variance beta~.
 
-    A term is drawn with probability proportional to the log-SNR it spans, where the noise-weighted error is even.
+    A term is drawn with probability proportional to the log-SNR it spans, where the noise-weighted error is even;
+    below LOG_SNR_MIN, where the terms vanish, none is drawn.
     """
     process, (s, t) = denoiser.process, (times[:-1], times[1:])
-    first = times.new_zeros(1)
-    span = process.log_snr(s) - process.log_snr(t).clamp(min=LOG_SNR_MIN)
+    span = -process.log_snr(times).clamp(min=LOG_SNR_MIN).diff()
     snr_lost = process.log_snr(s).exp() * process.gain(s, t)
-    probability = torch.cat([first, span / span.sum()])
-    return probability, torch.cat([first, 0.5 * snr_lost * span.sum() / span])
+    weight = torch.where(span > 0, 0.5 * snr_lost * span.sum() / span, 0.0)
+    first = times.new_zeros(1)
+    return torch.cat([first, span]), torch.cat([first, weight])
 
 
 WEIGHTINGS = {"simple": simple, "bound": bound}
@@ -49,7 +51,7 @@ class Diffusion(nn.Module):
         predicts: parameterization, a key of `denoise.ROWS`.
         weighting: of the training loss: "simple", the plain squared error of what the network predicts at uniform
             times, or "bound", the middle terms of the variational bound of the chain.
-        variance: of the reverse chain, one of `denoise.VARIANCES`.
+        variance: of the reverse chain that is sampled and measured: "beta", "fixed-large" or "fixed-small".
         chain: the number of steps T of the chain that is trained and measured.
 
     Raises:
@@ -72,11 +74,13 @@ class Diffusion(nn.Module):
             raise unknown("weighting", weighting, WEIGHTINGS)
         if variance not in VARIANCES:
             raise unknown("reverse variance", variance, VARIANCES)
+        if variance == "optimal":
+            raise OptionError("reverse variance 'optimal' needs Var[x_0|x_t], which no network gives: use 'beta'")
         if chain < 2:
             raise OptionError(f"a chain needs at least 2 steps to be trained, received {chain}")
         self.facts, self.process, self.variance, self.chain = facts, process, variance, chain
         self.network = NetworkDenoiser(net, process, predicts)
-        times = samplers.uniform(chain).flip(0)
+        times = samplers.grid(process, chain).flip(0)
         probability, self._weight = WEIGHTINGS[weighting](self.network, times)
         self._times, self._cumulative = times, (probability / probability.sum()).cumsum(0)
 
@@ -89,7 +93,7 @@ class Diffusion(nn.Module):
         """The denoiser, with `loss`."""
         return {"denoiser": Player(self.network, self.loss)}
 
-    def loss(self, x_0: Tensor, rng: torch.Generator) -> Tensor:
+    def loss(self, x_0: Tensor, rng: np.random.Generator) -> Tensor:
         """Mean over the batch of w_t ||x_0 - x_0_hat||^2 per dimension, with t at low discrepancy over the chain.
 
         Times: u_b = (u + b) / B for one uniform u, through the inverse distribution function of the weighting.
@@ -101,8 +105,8 @@ class Diffusion(nn.Module):
             rng: generator of times and noise.
         """
         n = len(x_0)
-        u = (torch.rand(1, generator=rng, dtype=torch.float64) + torch.arange(n)) / n
-        step = torch.searchsorted(self._cumulative, u).clamp(max=self.chain - 1)
+        u = (rand((1,), rng) + torch.arange(n)) / n
+        step = torch.searchsorted(self._cumulative, u, right=True).clamp(max=self.chain - 1)
         t, weight = self._times[step], self._weight[step]
         x_t, _ = self.process.marginal(x_0, t, rng)
         error = (self.network(x_t, t) - x_0).square().flatten(1).mean(1)
@@ -132,16 +136,21 @@ class Diffusion(nn.Module):
         start: int = 0,
         **options: Any,
     ) -> Iterator[samplers.Point]:
-        """Every point of the walk from noise to data, in the model's units, for examples start, ..., start + n - 1."""
+        """Every point of the walk from noise to data, in the model's units, for examples start, ..., start + n - 1.
+
+        Ancestral sampling walks the chain that is measured: with the model's own reverse variance.
+        """
         each = streams(rng, n, start=start)
         times = samplers.grid(self.process, steps)
         noise = randn((n, *self.facts.shape), each) * float(self.process.prior_var(times[0])) ** 0.5
+        if sampler is samplers.ancestral:
+            options.setdefault("variance", self.variance)
         return sampler.path(self.denoiser, noise, times, rng=each, **options)
 
     def bound(
-        self, x: Tensor, *, rng: Seeds = 0, draws: int | None = None, steps: Tensor | None = None
+        self, x: Tensor, *, rng: Seeds = 0, start: int = 0, draws: int | None = None, steps: Tensor | None = None
     ) -> likelihood.Bound:
-        """The variational bound of examples in the data's units; see `likelihood.bound`.
+        """The variational bound of examples start, start + 1, ... in the data's units; see `likelihood.bound`.
 
         Its nats are of the data as given: a discrete probability when there are levels, else a density in data units.
         """
@@ -149,7 +158,7 @@ class Diffusion(nn.Module):
             self.denoiser,
             self.facts.scale.forward(x),
             self.chain if steps is None else steps,
-            rng=streams(rng, len(x)),
+            rng=streams(rng, len(x), start=start),
             draws=draws,
             variance=self.variance,
             levels=self.facts.levels,
@@ -161,8 +170,11 @@ class Diffusion(nn.Module):
         return Density(-self.bound(x, rng=rng).nats, "lower bound")
 
     def encode(self, x: Tensor, *, steps: int = 100) -> Tensor:
-        """The latent of each example: the probability-flow ODE followed from t = 1/steps to 1, in the model's units."""
-        times = samplers.uniform(steps).flip(0).tolist()
+        """The latent of each example: the probability-flow ODE followed up the default grid, in the model's units.
+
+        It starts at the first time after 0, from alpha_t x_0: the noise there is not drawn.
+        """
+        times = samplers.grid(self.process, steps).flip(0).tolist()
         start = samplers.Point(times[0], self.process(times[0])[0].float() * self.facts.scale.forward(x))
         for point in samplers.walk(samplers.heun_step, self.denoiser, start, times):
             z = point.x
@@ -170,4 +182,4 @@ class Diffusion(nn.Module):
 
     def decode(self, z: Tensor, *, steps: int = 100) -> Tensor:
         """The example of each latent, in the data's units: the inverse of `encode` up to the solver's error."""
-        return self.facts.to_raw(samplers.heun(self.denoiser, z, samplers.uniform(steps)))
+        return self.facts.to_raw(samplers.heun(self.denoiser, z, steps))

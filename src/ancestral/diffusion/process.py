@@ -161,7 +161,7 @@ class Process:
 
         Example:
             >>> linear().chain(1000).betas[[0, -1]]
-            tensor([1.0000e-04, 2.0000e-02], dtype=torch.float64)
+            tensor([0.0001, 0.0200], dtype=torch.float64)
         """
         if T < 1:
             raise OptionError(f"a chain needs at least one step, received T = {T}")
@@ -190,7 +190,12 @@ def per_example(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-# Schedules. Each returns a Process; `decay` below is -log alpha_bar, so that log_snr = -log(expm1(decay)).
+# Schedules. Each returns a Process.
+
+
+def _from_decay(decay: Tensor) -> Tensor:
+    """log_snr = log(alpha_bar / (1 - alpha_bar)) from decay = -log alpha_bar, without overflow."""
+    return -decay - torch.log(-torch.expm1(-decay))
 
 
 def from_betas(betas: Sequence[float] | Tensor) -> Process:
@@ -218,7 +223,7 @@ def from_betas(betas: Sequence[float] | Tensor) -> Process:
     def log_snr(t: Tensor) -> Tensor:
         position = t * len(betas)
         step = position.detach().floor().long().clamp(0, len(betas) - 1)
-        return -torch.expm1(knots[step] + (position - step) * increments[step]).log()
+        return _from_decay(knots[step] + (position - step) * increments[step])
 
     return Process(log_snr)
 
@@ -250,7 +255,7 @@ def cosine(offset: float = 0.008, log_snr_min: float = LOG_SNR_MIN) -> Process:
         angle = quarter * t
         early = -2 * torch.log1p(-(2 * (angle / 2).sin().square() + angle.sin() * tan_0).clamp(max=0.99))
         late = -2 * (torch.sin(quarter * (1 - t)) / math.cos(quarter * offset)).log()
-        return -torch.expm1(torch.where(t < 0.5, early, late)).log()
+        return _from_decay(torch.where(t < 0.5, early, late))
 
     return Process(_until(log_snr, log_snr_min))
 

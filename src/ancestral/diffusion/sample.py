@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ancestral import langevin
 from ancestral.diffusion.denoise import Denoiser, reverse
-from ancestral.diffusion.process import Process
+from ancestral.diffusion.process import LOG_SNR_MIN, Process
 from ancestral.errors import OptionError
-from ancestral.rng import Rng, randn
+from ancestral.rng import Rng, Seeds, randn, streams
 
 Step = Callable[..., tuple[Tensor, Any]]
 
@@ -47,7 +47,7 @@ def karras(process: Process, n: int, rho: float = 7.0, log_snr_max: float = 12.0
 
     Reference: Karras et al. (2022), eq. 5; log_snr_max = 12 is their sigma_min of 0.002.
     """
-    top = process.log_snr(1.0).clamp(min=-20)
+    top = process.log_snr(1.0).clamp(min=LOG_SNR_MIN)
     ends = torch.exp(-torch.stack([top, torch.full_like(top, log_snr_max)]) / (2 * rho))
     ratio = (ends[0] + torch.linspace(0, 1, n, dtype=torch.float64) * (ends[1] - ends[0])) ** rho
     times = process.time(-2 * ratio.log())
@@ -77,8 +77,7 @@ class Sampler:
 
     Attributes:
         step: the pure step.
-        order: of convergence in the number of steps, strong for a deterministic sampler and weak for a stochastic one.
-        evaluations: of the network in one step.
+        order: of convergence in the number of steps for a deterministic sampler, None where noise is drawn.
         stochastic: whether the step draws noise.
 
     Example:
@@ -92,8 +91,7 @@ class Sampler:
     """
 
     step: Step
-    order: int
-    evaluations: int
+    order: int | None
     stochastic: bool
 
     def __call__(self, denoiser: Denoiser, x: Tensor, steps: int | Tensor, **options: Any) -> Tensor:
@@ -103,7 +101,7 @@ class Sampler:
         return x
 
     def path(
-        self, denoiser: Denoiser, x: Tensor, steps: int | Tensor, *, rng: Rng | None = None, **options: Any
+        self, denoiser: Denoiser, x: Tensor, steps: int | Tensor, *, rng: Seeds | None = None, **options: Any
     ) -> Iterator[Point]:
         """Every point from x at the first time of the grid to the data.
 
@@ -111,7 +109,7 @@ class Sampler:
             denoiser: E[x_0 | x_t].
             x: draws of p(x_T), shape (B, ...).
             steps: a grid of times, or the number of times of the default grid.
-            rng: one generator, or one per example; only a stochastic sampler needs it.
+            rng: a seed, one per example, or generators; only a stochastic sampler needs it.
             options: of the step.
 
         Raises:
@@ -120,7 +118,8 @@ class Sampler:
         if self.stochastic and rng is None:
             raise OptionError("this sampler draws noise: pass rng=, one generator or one per example")
         times = [*grid(denoiser.process, steps).tolist(), 0.0]
-        return walk(self.step, denoiser, Point(times[0], x), times, rng=rng, **options)
+        generators = None if rng is None else streams(rng, len(x))
+        return walk(self.step, denoiser, Point(times[0], x), times, rng=generators, **options)
 
 
 def walk(step: Step, denoiser: Denoiser, start: Point, times: list[float], **options: Any) -> Iterator[Point]:
@@ -155,6 +154,8 @@ def ddim_step(
 
     Reference: Song, Meng & Ermon (2021), eqs. 12 and 16.
     """
+    if not 0 <= eta <= 1:
+        raise OptionError(f"DDIM's eta is the share of fresh noise and lies in [0, 1], received {eta}")
     (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.process(t), denoiser.process(s)
     fresh = eta**2 * denoiser.process.gain(s, t)
     x_0_hat = denoiser(x, t)
@@ -197,7 +198,8 @@ def annealed_langevin_step(
     Each example is one chain. The memory is the level's `langevin.Chains`, whose `ess()` and `r_hat()` say whether
     the level was explored. The last level ends with the denoiser's guess.
 
-    Reference: Song & Ermon (2019), algorithm 1; the closing denoising step is from Jolicoeur-Martineau et al. (2021).
+    Reference: Song & Ermon (2019), algorithm 1. Two changes: between levels x is shrunk to the spread of unit-variance
+    data at the next one, and the closing denoising step is from Jolicoeur-Martineau et al. (2021).
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.process(t), denoiser.process(s)
     chains = langevin.ula(
@@ -227,11 +229,11 @@ def _along(denoiser: Denoiser, x: Tensor, t: float, s: float, x_0_hat: Tensor, e
     return x + (alpha_s - alpha_t).to(x.dtype) * x_0_hat + (sigma_s - sigma_t).to(x.dtype) * eps_hat
 
 
-ancestral = Sampler(ancestral_step, order=1, evaluations=1, stochastic=True)
-ddim = Sampler(ddim_step, order=1, evaluations=1, stochastic=False)
-euler = Sampler(euler_step, order=1, evaluations=1, stochastic=False)
-heun = Sampler(heun_step, order=2, evaluations=2, stochastic=False)
-annealed_langevin = Sampler(annealed_langevin_step, order=1, evaluations=10, stochastic=True)
+ancestral = Sampler(ancestral_step, order=None, stochastic=True)
+ddim = Sampler(ddim_step, order=1, stochastic=False)
+euler = Sampler(euler_step, order=1, stochastic=False)
+heun = Sampler(heun_step, order=2, stochastic=False)
+annealed_langevin = Sampler(annealed_langevin_step, order=None, stochastic=True)
 
 SAMPLERS = {
     "ancestral": ancestral,

@@ -15,9 +15,13 @@ from ancestral.diffusion.likelihood import Bound, mean_and_stderr
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import DataError
 from ancestral.measure import baselines
+from ancestral.rng import stream
 
 DRAWS = 20
 """Middle terms of the bound drawn per example, unless all are asked for."""
+
+BATCH, EVALUATIONS = 250, 20_000
+"""Examples at a time, and evaluations of the network between two reports of progress, at most."""
 
 
 class Likelihood(BaseModel):
@@ -159,7 +163,6 @@ def evaluate(
     n: int | None = None,
     draws: int | None = DRAWS,
     seed: int = 0,
-    batch: int = 250,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Measured:
     """The bound on held-out examples and the baselines on the same ones.
@@ -168,9 +171,8 @@ def evaluate(
         model: trained.
         data: whose training split the baselines are fitted on, and whose held-out split is measured.
         n: held-out examples, the first n of a fixed shuffle; None for all.
-        draws: middle terms per example; None for all steps of the chain.
+        draws: middle terms per example, at most; None for all steps of the chain.
         seed: of the noise: example i has its own stream, whatever the batch.
-        batch: examples at a time.
         progress: told (what, done, of).
 
     Raises:
@@ -182,17 +184,18 @@ def evaluate(
             f"{data.facts.name}: examples of shape {data.facts.shape} with {data.facts.levels} levels, but the model "
             f"was trained on shape {facts.shape} with {facts.levels}; name data like {facts.name}"
         )
-    order = torch.randperm(len(data.held_out), generator=torch.Generator().manual_seed(0))
+    order = torch.from_numpy(stream(0).permutation(len(data.held_out)))
     held_out = data.held_out[order[:n].sort().values]
     if len(held_out) < 2:
         raise DataError(
             f"{data.facts.name}: a standard error needs at least 2 held-out examples, there are {len(held_out)}"
         )
+    draws = model.chain - 1 if draws is None else min(draws, model.chain - 1)
+    batch = max(1, min(BATCH, EVALUATIONS // draws))
     began, parts = time.perf_counter(), []
     for start in range(0, len(held_out), batch):
         rows = held_out[start : start + batch]
-        seeds = [_seed(seed, start + i) for i in range(len(rows))]
-        parts.append(model.bound(rows, rng=seeds, draws=draws))
+        parts.append(model.bound(rows, rng=seed, start=start, draws=draws))
         if progress:
             progress("measuring the bound", start + len(rows), len(held_out))
     return Measured(
@@ -202,10 +205,6 @@ def evaluate(
         baselines.full_gaussian(data, held_out),
         time.perf_counter() - began,
     )
-
-
-def _seed(seed: int, index: int) -> int:
-    return (seed << 32) + index
 
 
 if __name__ == "__main__":

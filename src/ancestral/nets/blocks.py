@@ -30,7 +30,8 @@ class LevelPhases(nn.Module):
 
     For y = x_t / alpha_t, which is x_0 plus noise of standard deviation rho = sigma_t / alpha_t, and the periods
     P = D, 2D, 4D, ... of the spacing D between levels: sin(2 pi y / P) and cos(2 pi y / P), each times the factor
-    exp(-(2 pi rho / P)^2 / 2) by which such noise shrinks its mean. Rounding to a level is then a linear read-out.
+    exp(-(2 pi rho / P)^2 / 2) by which such noise shrinks its mean. From the first of them a network can round to a
+    level, which from the value alone it would have to learn as a staircase.
 
     Reference: Kingma et al. (2021), appendix C, for Fourier features of the input; the fading is ours.
 
@@ -106,11 +107,11 @@ class ResidualStack(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + self-attention over the pixels, on normalised input."""
+    """x + self-attention over the pixels, on normalised input, in heads of about 64 channels."""
 
-    def __init__(self, channels: int, heads: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = next(heads for heads in range(max(1, channels // 64), 0, -1) if channels % heads == 0)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
         self.out = zeroed(nn.Conv2d(channels, channels, 1))
 

@@ -79,7 +79,7 @@ class UNet(nn.Module):
             self.down.append(ResidualStack(here, here, features, blocks))
             self.up.append(ResidualStack(2 * here, here, features, blocks))
             self.grow.append(nn.Identity() if first else nn.Conv2d(here, above, 3, padding=1))
-        self.attend = Attention(widths[-1], heads=max(1, widths[-1] // 64)) if attention else nn.Identity()
+        self.attend = Attention(widths[-1]) if attention else nn.Identity()
         self.middle = ResidualBlock(widths[-1], widths[-1], features)
         self.leave = zeroed(nn.Conv2d(width, channels, 3, padding=1))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -119,7 +119,16 @@ def find(run: Path) -> Path:
     for path in candidates:
         if (path / MANIFEST).is_file():
             return path
-    raise RunError(f"{run}: not a run directory, it holds neither final/ nor checkpoints/; name one made by 'train'")
+    if (run / "run.json").is_file():
+        raise RunError(f"{run}: the run was stopped before its first checkpoint, so there is no model yet; train again")
+    raise RunError(f"{run}: not a run directory, it holds no checkpoint; name one made by 'train'")
+
+
+def run_of(path: Path) -> Path:
+    """The run that a checkpoint directory belongs to, or the run itself."""
+    if path.name == "final":
+        return path.parent
+    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def prune(run: Path, keep: int) -> None:
@@ -151,8 +160,7 @@ def _verify(path: Path) -> None:
 
 
 def _remedy(path: Path) -> str:
-    run = path.parent if path.name == "final" else path.parent.parent
-    others = [other for other in checkpoints(run) if other != path]
+    others = [other for other in checkpoints(run_of(path)) if other != path]
     return f"{others[-1]} can be used in its place" if others else "train again, or restore it from a copy"
 
 

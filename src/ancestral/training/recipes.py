@@ -6,7 +6,7 @@ flags to be loaded again.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,7 +16,7 @@ from ancestral.diffusion import process as processes
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError, unknown
 from ancestral.nets import MLP, UNet
-from ancestral.training.train import TrainingSection
+from ancestral.training.loop import TrainingSection
 
 
 class Section(BaseModel):
@@ -45,7 +45,7 @@ class UNetSection(Section):
     """Keywords of `UNet`; its channels and levels come from the data."""
 
     width: int = Field(64, ge=1)
-    multipliers: tuple[int, ...] = (1, 2, 2)
+    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 2), min_length=1)
     blocks: int = Field(2, ge=1)
     octaves: int = Field(3, ge=0)
     attention: bool = True
@@ -70,10 +70,16 @@ class Setup(Section):
     training: TrainingSection = TrainingSection()
 
 
+def diffusion(facts: Facts) -> DiffusionSection:
+    """beta~ where the data has levels and the posterior is sharp at little noise; beta where it is a density."""
+    return DiffusionSection(variance="fixed-small" if facts.levels else "beta")
+
+
 def digits(facts: Facts) -> Setup:
     """Small images, such as the 8x8 digits: good samples and bits in two minutes on two cores."""
     return Setup(
         recipe="digits",
+        diffusion=diffusion(facts),
         unet=UNetSection(width=32, multipliers=(1, 2), blocks=1),
         training=TrainingSection(minutes=2.0, batch=128),
     )
@@ -85,6 +91,7 @@ def images(facts: Facts) -> Setup:
     levels = 1 + sum(side > limit for limit in (10, 20, 40, 80))
     return Setup(
         recipe="images",
+        diffusion=diffusion(facts),
         unet=UNetSection(width=32 if side <= 40 else 24, multipliers=(1, 2, 2, 4, 4)[: max(2, levels)]),
         training=TrainingSection(minutes=10.0, batch=64),
     )
@@ -94,7 +101,7 @@ def vectors(facts: Facts) -> Setup:
     """Vectors and tables of real values."""
     return Setup(
         recipe="vectors",
-        diffusion=DiffusionSection(variance="beta"),
+        diffusion=diffusion(facts),
         mlp=MLPSection(),
         training=TrainingSection(minutes=1.0, batch=512, rate=1e-3),
     )
@@ -107,13 +114,15 @@ def choose(facts: Facts, name: str | None = None) -> Setup:
     """The recipe of that name, or the one for data of this shape.
 
     Raises:
-        OptionError: if there is no recipe of that name.
+        OptionError: if there is no recipe of that name, or it is for images and the data is not.
     """
+    picture = len(facts.shape) == 3
     if name is None:
-        picture = len(facts.shape) == 3 and min(facts.shape[1:]) >= 4
         name = "vectors" if not picture else "digits" if max(facts.shape[1:]) <= 10 else "images"
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
+    if name != "vectors" and not picture:
+        raise OptionError(f"recipe {name!r} is for images, but {facts.name} has shape {facts.shape}: use 'vectors'")
     return RECIPES[name](facts)
 
 
@@ -161,7 +170,8 @@ def build(setup: Setup, facts: Facts, seed: int = 0) -> Diffusion:
         OptionError: if a name is unknown, or a combination is undefined.
     """
     process = setup.process
-    forward = processes.from_betas(process.betas) if process.betas else processes.named(process.schedule)
+    named = process.betas is None
+    forward = processes.named(process.schedule) if named else processes.from_betas(process.betas or ())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if setup.unet:

@@ -13,9 +13,12 @@ RUN/
 import json
 import math
 import platform
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,10 @@ from ancestral.data import Data, draw
 from ancestral.data.dataset import OnBad, Progress
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import Diverged, OptionError, RunError
-from ancestral.training import checkpoint, recipes
-from ancestral.training import train as loop
+from ancestral.rng import stream
+from ancestral.training import checkpoint, loop, recipes
+from ancestral.training.loop import Average, Record
 from ancestral.training.recipes import Setup
-from ancestral.training.train import Average, Record
 
 KEPT = 2
 """Checkpoints of a run that are kept; an older one is removed once a newer one is on the disk."""
@@ -38,13 +41,16 @@ KEPT = 2
 SHOWN, POINTS = 64, 2000
 """Images in a grid, and points in a scatter."""
 
+PACE = (4.0, 30.0)
+"""Seconds that measuring the pace may take, at least and at most; between them, 3% of the budget."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """A training run that is ready to start: nothing has been written yet.
+    """A training run that is ready to start: its directory is claimed, and empty.
 
     Attributes:
-        path: the run directory, which does not exist.
+        path: the run directory.
         data: what is learnt from.
         setup: complete, with the number of steps.
         model: initialised.
@@ -107,13 +113,12 @@ class Run:
 
     def log(self, line: str) -> None:
         """Add a line to log.txt."""
-        self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / "log.txt").open("a") as file:
             file.write(line + "\n")
 
     def _open(self) -> None:
-        """Make the directory, and show the data beside which samples will stand."""
-        (self.path / "samples").mkdir(parents=True, exist_ok=True)
+        """Fill the directory with what is known before the first step, and a picture of the data to compare with."""
+        (self.path / "samples").mkdir()
         (self.path / "checkpoints").mkdir()
         checkpoint.write_json(self.path / "config.json", self.setup.model_dump(mode="json"))
         self._status("training")
@@ -147,16 +152,16 @@ class Run:
         return (
             f"# {self.path.name}\n\nA diffusion model of {self.data.description}.\n\n"
             f"Trained for {step:,} steps of {self.setup.training.batch} examples in {seconds / 60:.1f} minutes "
-            f"({parameters:,} parameters, recipe `{self.setup.recipe}`, seed {self.seed}) by\n\n"
-            f"    {' '.join(self.record['argv'])}\n\n"
-            "Load it with `ancestral.load`, measure it with `ancestral evaluate`. Its likelihood is a bound, and only "
-            f"for data like {facts.name}: examples of shape {facts.shape}"
+            f"({parameters:,} parameters, recipe `{self.setup.recipe}`, seed {self.seed})"
+            + (f" by\n\n    {shlex.join(self.record['argv'])}\n\n" if self.record["argv"] else ".\n\n")
+            + "Load it with `ancestral.load`, measure it with `ancestral evaluate`. Its likelihood is a bound, and "
+            f"only for data like {facts.name}: examples of shape {facts.shape}"
             + (f" on {facts.levels} levels.\n" if facts.levels else " of real values.\n")
         )
 
 
 def prepare(
-    source: str | Path,
+    source: str | Path | Data,
     *,
     to: str | Path | None = None,
     minutes: float | None = None,
@@ -169,10 +174,10 @@ def prepare(
     argv: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Run:
-    """Read the data, settle the set-up, build the model and measure its pace; nothing is written.
+    """Read the data, settle the set-up, build the model and measure its pace; last of all, claim the run directory.
 
     Args:
-        source: "digits", the name of a toy, or a path to images or arrays.
+        source: "digits", the name of a toy, a path to images or arrays, or data already loaded.
         to: the run directory, which must not exist; by default the next free runs/NAME-0001.
         minutes: of training, turned into steps by measuring the pace.
         steps: number of steps, in place of minutes.
@@ -189,12 +194,13 @@ def prepare(
     """
     if minutes is not None and steps is not None:
         raise OptionError("received both minutes and steps: give one of them")
-    path = _fresh(to, Path(source).name or "run") if to is None else Path(to)
-    if path.exists():
-        raise RunError(f"{path}: already exists, and a run is never overwritten; name another directory with --to")
-    data = sources.load(source, size=size, on_bad=on_bad, progress=progress)
+    if not 0 <= seed < 2**63:
+        raise OptionError(f"a seed is a whole number from 0 to 2^63 - 1, received {seed}")
+    if to is not None and Path(to).exists():
+        raise _taken(Path(to))
+    data = source if isinstance(source, Data) else sources.load(source, size=size, on_bad=on_bad, progress=progress)
     budget = [f"training.minutes={minutes}", "training.steps=null"] if minutes is not None else []
-    budget += [f"training.steps={steps}"] if steps is not None else []
+    budget += [f"training.steps={steps}", "training.minutes=null"] if steps is not None else []
     setup = recipes.change(recipes.choose(data.facts, recipe), [*changes, *budget])
     model = recipes.build(setup, data.facts, seed)
     record = {
@@ -205,31 +211,69 @@ def prepare(
         "argv": list(argv),
         "seed": seed,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "data": {"source": str(source), "size": size, "on_bad": on_bad, "digest": data.facts.digest},
+        "data": {"source": data.facts.source, "size": size, "on_bad": on_bad, "digest": data.facts.digest},
     }
+    with torch.no_grad():
+        model.loss(data.batch([0]), stream(seed))  # a set-up that cannot run fails here, with nothing written
     if setup.training.steps is None:
         wanted = (setup.training.minutes or 1.0) * 60
-        seconds = loop.pace(model, data, setup.training, seed=seed, seconds=max(4.0, 0.03 * wanted))
+        seconds = loop.pace(model, data, setup.training, seed=seed, seconds=min(max(PACE[0], 0.03 * wanted), PACE[1]))
         setup = recipes.change(setup, [f"training.steps={max(1, round(wanted / seconds))}"])
         record["seconds_per_step"] = round(seconds, 6)
-    return Run(path, data, setup, model, seed, record)
+    return Run(_claim(to, data.facts.name), data, setup, model, seed, record)
 
 
-def train(source: str | Path, **options: Any) -> Run:
-    """Train a model to the end and return its finished run; the options are those of `prepare`."""
-    run = prepare(source, **options)
+def train(
+    source: str | Path | Data,
+    *,
+    to: str | Path | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    recipe: str | None = None,
+    changes: Sequence[str] = (),
+) -> Run:
+    """Train a model to the end and return its finished run; `prepare` explains the arguments."""
+    run = prepare(source, to=to, minutes=minutes, steps=steps, seed=seed, recipe=recipe, changes=changes)
     for _ in run.steps():
         pass
     return run
 
 
-def _fresh(to: str | Path | None, name: str) -> Path:
-    """The first of runs/NAME-0001, runs/NAME-0002, ... that does not exist."""
-    stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(name).stem)[:100] or "run"
-    number = 1
-    while (path := Path("runs") / f"{stem}-{number:04d}").exists():
-        number += 1
-    return path
+def reload(run: Path, progress: Progress | None = None) -> Data:
+    """The data that a run was trained on, read again in the same way.
+
+    Raises:
+        RunError: if the run does not say, and what `data.load` raises if it can no longer be read.
+    """
+    path = checkpoint.run_of(run) / "run.json"
+    try:
+        record = json.loads(path.read_text())["data"]
+        source, size, on_bad = record["source"], record["size"], record["on_bad"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunError(f"{path}: does not say what the run was trained on; name the data with --data") from None
+    return sources.load(source, size=size, on_bad=on_bad, progress=progress)
+
+
+def _claim(to: str | Path | None, name: str) -> Path:
+    """Make the run directory: the one named, or the first free one of runs/NAME-0001, runs/NAME-0002, ..."""
+    if to is not None:
+        try:
+            Path(to).mkdir(parents=True)
+        except FileExistsError:
+            raise _taken(Path(to)) from None
+        return Path(to)
+    stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)[:100]
+    for number in count(1):
+        path = Path("runs") / f"{stem}-{number:04d}"
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError("unreachable")
+
+
+def _taken(path: Path) -> RunError:
+    return RunError(f"{path}: already exists, and a run is never overwritten; name another directory with --to")
 
 
 def _metrics(record: Record, batch: int) -> dict[str, Any]:

@@ -33,13 +33,13 @@ class TrainingSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int | None = Field(None, ge=1)
-    minutes: float | None = Field(None, gt=0)
+    minutes: float | None = Field(None, gt=0, allow_inf_nan=False)
     batch: int = Field(128, ge=1)
     rate: float = Field(2e-3, gt=0)
     warmup: int = Field(100, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     clip: float = Field(1.0, gt=0)
-    ema: float = Field(0.05, gt=0, lt=0.3, description="length of the average of the weights, relative to the run")
+    ema: float = Field(0.05, gt=0, lt=0.28, description="length of the average of the weights, relative to the run")
     checkpoints: int = Field(4, ge=1, description="checkpoints and sample grids written along the way")
 
 
@@ -52,7 +52,7 @@ class Record:
         loss: of each player that moved.
         grad_norm: before clipping, of each player that moved.
         rate: learning rate of the step.
-        seconds: since the first step began.
+        seconds: spent in steps so far.
     """
 
     step: int
@@ -116,7 +116,7 @@ def batch_indices(n: int, batch: int, seed: int, step: int) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _shuffle(n: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(n, generator=stream(seed, PURPOSES["batch"], epoch))
+    return torch.from_numpy(stream(seed, PURPOSES["batch"], epoch).permutation(n))
 
 
 def steps(
@@ -143,8 +143,9 @@ def steps(
     """
     players = model.players()
     optimisers = {name: _optimiser(player, section) for name, player in players.items()}
-    began = time.perf_counter()
+    seconds = 0.0
     for step in range(1, total + 1):
+        began = time.perf_counter()
         x_0 = data.batch(batch_indices(len(data.train), section.batch, seed, step))
         loss, norm, lr = {}, {}, rate(section, step, total)
         for order, (name, player) in enumerate(players.items()):
@@ -164,7 +165,8 @@ def steps(
             optimisers[name].step()
             if averages and name in averages:
                 averages[name].update(player.module, step)
-        yield Record(step, loss, norm, lr, time.perf_counter() - began)
+        seconds += time.perf_counter() - began
+        yield Record(step, loss, norm, lr, seconds)
 
 
 def _optimiser(player: Player, section: TrainingSection) -> torch.optim.Optimizer:
