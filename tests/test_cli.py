@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,16 @@ def bad_inputs(folder: Path) -> dict[str, tuple[list[object], str]]:
         "a run that is not there": (["sample", folder / "gone"], "no such run"),
         "a directory that is no run": (["evaluate", folder / "not-a-run"], "not a run directory"),
         "a file in place of a run": (["sample", folder / "zero.zip"], "zero.zip"),
+        "a run inside a file": (
+            ["train", "digits", "--to", folder / "zero.zip" / "run", "--steps", 1],
+            "Not a directory",
+        ),
+        "an image recipe for points": (["train", "ring-8", "--recipe", "images"], "use 'vectors'"),
+        "a variance no network has": (["train", "digits", "--set", "diffusion.variance=optimal"], "use 'beta'"),
+        "no betas": (["train", "digits", "--set", "process.betas=[]"], "betas must be a list"),
+        "no levels in a U-Net": (["train", "digits", "--set", "unet.multipliers=[0, 1]"], "unet.multipliers"),
+        "endless minutes": (["train", "digits", "--minutes", "inf"], "training.minutes"),
+        "too large a seed": (["train", "digits", "--seed", 10**25], "a seed is a whole number"),
     }
 
 
@@ -177,7 +188,8 @@ BAD = [
     "a truncated image with --on-bad fail", "a path that is not there", "a name close to another",
     "an unknown schedule", "T = 0", "no steps", "no minutes", "minutes and steps", "an unknown setting",
     "an unknown recipe", "a size for what has none", "a run that is not there", "a directory that is no run",
-    "a file in place of a run",
+    "a file in place of a run", "a run inside a file", "an image recipe for points", "a variance no network has",
+    "no betas", "no levels in a U-Net", "endless minutes", "too large a seed",
 ]  # fmt: skip
 
 
@@ -245,7 +257,8 @@ def test_help_fits_a_screen_and_shows_an_example(verb):
     assert "ancestral " + (verb[0] if verb else "train digits") in result.stdout
 
 
-def test_an_interrupt_keeps_a_checkpoint_and_exits_with_3(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_a_checkpoint_and_exits_with_3(tmp_path, number):
     """A real process, a real signal: what was saved is whole and can be sampled."""
     path = tmp_path / "run"
     command = [sys.executable, "-m", "ancestral.apps.cli", "train", "digits", "--to", str(path), "--steps", "100000"]
@@ -255,7 +268,7 @@ def test_an_interrupt_keeps_a_checkpoint_and_exits_with_3(tmp_path):
     try:
         while not (path / "metrics.jsonl").exists() or len((path / "metrics.jsonl").read_text()) == 0:
             assert process.poll() is None
-        process.send_signal(2)
+        process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -271,3 +284,82 @@ def test_samples_stay_on_the_levels(trained, tmp_path):
         x = torch.from_numpy(archive["x"])
     assert x.dtype == torch.uint8
     assert x.unique().numel() > 2
+
+
+@pytest.mark.parametrize(
+    "words", [["train"], ["train", "digits", "--steps", "few"], ["sample", "x", "-n", "0"], ["trian"]]
+)
+def test_a_usage_error_is_one_sentence_too(words):
+    command = [sys.executable, "-m", "ancestral.apps.cli", *words]
+    plain = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert plain.returncode == 2
+    assert plain.stdout == ""
+    assert plain.stderr.count("\n") == 1
+    assert "--help' shows what can be given" in plain.stderr
+    as_json = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert json.loads(as_json.stdout)["exit_code"] == as_json.returncode == 2
+
+
+def test_a_run_can_be_measured_from_another_directory(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    np.save(tmp_path / "here" / "x.npy", np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8))
+    monkeypatch.chdir(tmp_path / "here")
+    assert ancestral("train", "x.npy", "--to", tmp_path / "run", "--steps", 1, *QUICK).exit_code == 0
+    monkeypatch.chdir(tmp_path / "there")
+    assert ancestral("evaluate", tmp_path / "run", "--n", 4).exit_code == 0
+
+
+def test_a_full_disk_is_exit_code_4_and_leaves_no_half_file(trained, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "sample-0001.npz")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    result = ancestral("sample", trained, "-n", 2, "--steps", 2, "--out", tmp_path)
+    assert result.exit_code == 4
+    assert "No space left" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["sample-0001.png"]
+
+
+def test_reported_evaluations_are_counted(trained, tmp_path):
+    """Heun asks twice a step but once in the last; annealed Langevin asks once an update and once to close."""
+    for sampler, evaluations in (("heun", 2 * (2 * 5 - 1)), ("annealed-langevin", 2 * (10 * 5 + 1))):
+        result = ancestral("sample", trained, "-n", 2, "--steps", 5, "--sampler", sampler, "--out", tmp_path, "--json")
+        assert json.loads(result.stdout)["evaluations"] == evaluations
+
+
+def mixed_folder(folder: Path) -> None:
+    """Grey, RGB, RGBA, palette, 16-bit, 1-bit and EXIF-rotated images of mixed sizes, in PNG, JPEG and GIF."""
+    draw_from = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(40):
+        width, height = (int(side) for side in draw_from.integers(33, 60, 2))
+        ramp = np.linspace(0, 255, width * height).reshape(height, width) * draw_from.uniform(0.3, 1)
+        image = Image.fromarray(np.stack([ramp, ramp[::-1], ramp[:, ::-1]], -1).astype(np.uint8))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        save = [
+            lambda path, im=image: im.convert("L").save(f"{path}.png"),
+            lambda path, im=image: im.save(f"{path}.png"),
+            lambda path, im=image: im.convert("RGBA").save(f"{path}.png"),
+            lambda path, im=image: im.convert("P").save(f"{path}.gif"),
+            lambda path, r=ramp: Image.fromarray((r * 257).astype(np.uint16)).save(f"{path}.png"),
+            lambda path, im=image: im.convert("1").save(f"{path}.png"),
+            lambda path, im=image, e=exif: im.save(f"{path}.jpg", exif=e),
+        ]
+        save[i % len(save)](folder / f"{i:02d}")
+
+
+def test_a_folder_of_every_kind_of_image_trains_samples_and_evaluates(tmp_path):
+    mixed_folder(tmp_path / "mixed")
+    run = tmp_path / "run"
+    quick = ["--set=unet.width=8", "--set=unet.blocks=1", "--set=training.batch=4"]
+    trained = ancestral("train", tmp_path / "mixed", "--to", run, "--steps", 2, *quick)
+    assert trained.exit_code == 0, trained.output
+    assert "images of 3x32x32, 256 levels" in trained.stdout
+    record = json.loads(ancestral("sample", run, "-n", 2, "--steps", 2, "--json").stdout)
+    with Image.open(record["artifacts"]["png"]) as picture:
+        assert picture.mode == "RGB"
+    result = json.loads(ancestral("evaluate", run, "--json").stdout)
+    Draft202012Validator(json.loads(SCHEMA.read_text())).validate(result)
+    assert result["unit"] == "bits/dim"

@@ -223,6 +223,12 @@ def test_a_run_is_never_overwritten(tmp_path):
     assert (made.path / "final" / checkpoint.WEIGHTS).read_bytes() == before
 
 
+def test_two_runs_at_once_take_two_directories(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = (run.prepare("digits", steps=1, changes=QUICK) for _ in range(2))
+    assert [str(made.path) for made in (first, second)] == ["runs/digits-0001", "runs/digits-0002"]
+
+
 @pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.MODEL, checkpoint.MANIFEST])
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
 def test_a_damaged_checkpoint_is_refused_with_the_file_and_what_to_load_instead(tmp_path, name, harm):

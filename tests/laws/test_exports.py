@@ -47,3 +47,14 @@ def test_asking_the_command_for_help_is_cheap() -> None:
     modules = imported_by("-m", "ancestral.apps.cli", "--help")
     assert "typer" in modules, "the command line is not running: ancestral.apps.cli has to call main() as a program"
     assert modules.isdisjoint(SLOW), modules & SLOW
+
+
+def test_modules_of_the_public_packages_are_reached_through_them() -> None:
+    names = [
+        "diffusion.process.cosine",
+        "diffusion.sample.heun",
+        "training.recipes.choose",
+        "measure.evaluate.evaluate",
+    ]
+    code = "import ancestral as ac; " + "; ".join(f"ac.{name}" for name in names)
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -34,8 +34,11 @@ WEIGHTS, MODEL, MANIFEST = "weights.safetensors", "model.json", "manifest.json"
 def write_json(path: Path, record: Any) -> None:
     """Write JSON so that the file is either the old one or the whole new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    _write(temporary, json.dumps(record, indent=2).encode() + b"\n")
-    temporary.replace(path)
+    try:
+        _write(temporary, json.dumps(record, indent=2).encode() + b"\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     _flush(path.parent)
 
 

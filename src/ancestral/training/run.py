@@ -18,13 +18,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import ancestral
 from ancestral import data as sources
 from ancestral.data import Data, draw
 from ancestral.data.dataset import OnBad, Progress
@@ -205,7 +205,7 @@ def prepare(
     model = recipes.build(setup, data.facts, seed)
     record = {
         "status": "ready",
-        "version": ancestral.__version__,
+        "version": version("ancestral"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "argv": list(argv),
