@@ -363,3 +363,12 @@ def test_a_folder_of_every_kind_of_image_trains_samples_and_evaluates(tmp_path):
     result = json.loads(ancestral("evaluate", run, "--json").stdout)
     Draft202012Validator(json.loads(SCHEMA.read_text())).validate(result)
     assert result["unit"] == "bits/dim"
+
+
+def test_a_chain_that_does_not_forget_or_does_not_increase_is_remarked_on(tmp_path):
+    quick = [*QUICK, "--set=process.betas=[0.1, 0.05, 0.2]", "--set=diffusion.chain=3", "--steps=1"]
+    result = ancestral("train", "digits", "--to", tmp_path / "run", *quick)
+    assert result.exit_code == 0, result.output
+    assert "note: the betas of this chain do not increase throughout" in result.stdout
+    assert "bits/dim of the data not forgotten" in result.stdout
+    assert "note:" not in ancestral("train", "digits", "--to", tmp_path / "plain", "--steps=1", *QUICK).stdout

@@ -4,6 +4,7 @@ import json
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -269,6 +270,26 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_half_written(tmp_pat
     assert [path.name for path in (made.path / "checkpoints").iterdir()] == ["step-0000001"]
 
 
+def test_another_schedule_starts_from_constants_of_its_own():
+    setup = recipes.Setup(recipe="x", process=recipes.ProcessSection(options={"offset": 0.0}), mlp=recipes.MLPSection())
+    assert recipes.change(setup, ["process.schedule=linear"]).process.options == {}
+    finer = recipes.change(setup, ["process.schedule=linear", 'process.options={"beta_min": 1e-5}'])
+    facts = load("ring-8").facts
+    assert float(recipes.build(finer, facts).process.chain(1000).betas[0]) == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize("source", ["digits", "bytes"])
+def test_image_recipes_start_finer_than_a_level(source, tmp_path):
+    """The first step's noise is below half the spacing of levels, so that the decoder costs next to nothing."""
+    if source == "bytes":
+        source = tmp_path / "x.npy"
+        np.save(source, np.random.default_rng(0).integers(0, 256, (20, 16, 16), dtype=np.uint8))
+    facts = load(source).facts
+    setup = recipes.choose(facts)
+    process = recipes.build(recipes.change(setup, ["unet.width=8"]), facts).process
+    assert float(process(1 / setup.diffusion.chain)[1]) < 0.5 / (facts.levels - 1)
+
+
 def test_changes_reach_the_setup_or_are_refused_with_the_close_match():
     facts = load("digits").facts
     setup = recipes.choose(facts)
@@ -285,6 +306,7 @@ def test_changes_reach_the_setup_or_are_refused_with_the_close_match():
             recipes.change(setup, [change])
     for change, sentence in [
         ("process.schedule=cosin", "did you mean 'cosine'"),
+        ('process.options={"ofset": 1}', "constant of the cosine schedule 'ofset': did you mean 'offset'"),
         ("diffusion.predicts=epsilon", "unknown parameterization"),
         ("diffusion.weighting=simpel", "did you mean 'simple'"),
         ("diffusion.variance=fixed_small", "did you mean 'fixed-small'"),

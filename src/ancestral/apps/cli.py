@@ -82,9 +82,10 @@ def train(
                 f"{run.setup.training.batch} examples, seed {seed}"
             )
             _warn_of_the_chain(run.model, run.data, say)
-            for record in run.steps():
-                (loss,) = record.loss.values()
-                progress.update("training", record.step, run.total, f"loss {loss:.4f}")
+            with contextlib.closing(run.steps()) as records:  # an interrupt between two steps, too, is seen to
+                for record in records:
+                    (loss,) = record.loss.values()
+                    progress.update("training", record.step, run.total, f"loss {loss:.4f}")
         seconds = record.seconds
         speed = record.step * run.setup.training.batch / seconds
         say(f"trained in {seconds / 60:.1f} minutes, {speed:,.0f} examples/s")

@@ -26,9 +26,10 @@ class Section(BaseModel):
 
 
 class ProcessSection(Section):
-    """Which forward process: a schedule by name, or a table of betas in its place."""
+    """Which forward process: a schedule by name with constants of its own, or a table of betas in its place."""
 
     schedule: str = "cosine"
+    options: dict[str, float] = {}
     betas: tuple[float, ...] | None = None
 
 
@@ -91,6 +92,7 @@ def images(facts: Facts) -> Setup:
     levels = 1 + sum(side > limit for limit in (10, 20, 40, 80))
     return Setup(
         recipe="images",
+        process=ProcessSection(options={"offset": 0.0}),
         diffusion=diffusion(facts),
         unet=UNetSection(width=32 if side <= 40 else 24, multipliers=(1, 2, 2, 4, 4)[: max(2, levels)]),
         training=TrainingSection(minutes=10.0, batch=64),
@@ -146,6 +148,8 @@ def change(setup: Setup, changes: Sequence[str]) -> Setup:
             raise unknown("setting", name, allowed)
         section, _, key = name.partition(".")
         record[section][key] = _parse(value)
+        if name == "process.schedule":
+            record[section]["options"] = {}  # the constants of one schedule mean nothing to another
     return read(record)
 
 
@@ -171,7 +175,9 @@ def build(setup: Setup, facts: Facts, seed: int = 0) -> Diffusion:
     """
     process = setup.process
     named = process.betas is None
-    forward = processes.named(process.schedule) if named else processes.from_betas(process.betas or ())
+    forward = (
+        processes.named(process.schedule, **process.options) if named else processes.from_betas(process.betas or ())
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if setup.unet:

@@ -15,7 +15,7 @@ import math
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -70,7 +70,7 @@ class Run:
         """Number of steps."""
         return self.setup.training.steps or 0
 
-    def steps(self) -> Iterator[Record]:
+    def steps(self) -> Generator[Record, None, None]:
         """Train to the end, writing the run directory on the way, and yield a record after every step.
 
         A run that is interrupted or diverges leaves its last checkpoint and says so in run.json.
