@@ -314,8 +314,9 @@ def named(name: str, **options: float) -> Process:
         OptionError: if there is no such schedule, or it has no such constant, with the close match.
 
     Example:
-        >>> named("cosine", offset=0.0).log_snr(0.5)
-        tensor(-0., dtype=torch.float64)
+        >>> _, sigma_1 = named("cosine", offset=0.0)(1 / 1000)
+        >>> sigma_1
+        tensor(0.0016, dtype=torch.float64)
     """
     if name not in SCHEDULES:
         raise unknown("schedule", name, SCHEDULES)
