@@ -1,17 +1,20 @@
 """The diffusion family: units, seeds, latents, and the contract it declares."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from ancestral.data import Scale, load
+from ancestral.diffusion import likelihood
 from ancestral.diffusion import process as P
 from ancestral.diffusion.likelihood import mean_and_stderr
 from ancestral.diffusion.model import Diffusion
-from ancestral.diffusion.sample import ddim, heun
+from ancestral.diffusion.sample import SAMPLERS, ddim, heun
 from ancestral.errors import OptionError
 from ancestral.nets import MLP
-from ancestral.protocol import Generative, HasDensity, HasLatent
-from ancestral.rng import stream
+from ancestral.protocol import Batch, Generative, HasDensity, HasLatent
+from ancestral.rng import Rows, stream
 from ancestral.toys import named
 from ancestral.training import loop, recipes
 from oracles import COMBINATIONS, ExactNetwork, exact_model, plain_facts
@@ -87,7 +90,7 @@ def test_the_bound_weighting_holds_on_chains_that_end_in_hardly_any_signal(betas
     net = ExactNetwork(toy, process, "v")
     model = Diffusion(net, process, plain_facts(2), weighting="bound", chain=len(betas))
     x_0 = toy.sample(4000, rng=stream(0))
-    losses = torch.stack([model.loss(x_0, stream(1, i)) for i in range(20)])
+    losses = torch.stack([model.loss(Batch(x_0, Rows((1, i), len(x_0)))) for i in range(20)])
     terms = model.bound(x_0[:1000], rng=5, draws=99).diffusion / 2
     stderr = (losses.var() / 20 + terms.var() / 1000) ** 0.5
     assert abs(float(losses.mean() - terms.mean())) < 4 * float(stderr)
@@ -118,7 +121,25 @@ def test_every_schedule_learns_with_every_parameterization_defined_on_it(schedul
     setup = recipes.change(recipes.choose(data.facts), changes)
     model, x = recipes.build(setup, data.facts), data.held_out[:2000]
     before = model.bound(x, rng=0).nats
-    for _ in loop.steps(model, data, setup.training, 80, seed=0):
+    for _ in loop.steps(loop.State(model, setup.training), data, 80, seed=0):
         pass
     gain, stderr = mean_and_stderr(before - model.bound(x, rng=0).nats)
     assert float(gain) > 5 * float(stderr)
+
+
+@pytest.mark.parametrize("preset", [None, "dit-tiny"])
+def test_nothing_is_left_on_the_cpu_when_a_model_is_elsewhere(preset, monkeypatch):
+    """On torch's device without numbers every sum of tensors of two devices is an error, as it is on a GPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no such device
+    data = load("digits")
+    model = recipes.build(recipes.choose(data.facts, preset=preset), data.facts).to("meta")
+    assert model.device.type == "meta"
+    model.loss(Batch(data.batch([0, 1]).to("meta"), Rows((0,), 2))).backward()
+    assert all(parameter.grad.device.type == "meta" for parameter in model.parameters())
+    for sampler in SAMPLERS.values():
+        assert [point.x.device.type for point in model.sample_path(2, steps=3, sampler=sampler)] == ["meta"] * 4
+    x_0 = data.facts.scale.forward(data.held_out[:2]).to("meta")
+    measured = likelihood.bound(model.denoiser, x_0, 10, rng=0, levels=17)
+    assert {part.device.type for part in (measured.prior, measured.terms, measured.decoder)} == {"meta"}
+    with pytest.raises(RuntimeError, match="device"):
+        torch.zeros(3) + torch.zeros(3, device="meta")

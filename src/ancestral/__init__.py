@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ancestral.diffusion.model import Diffusion
     from ancestral.measure.evaluate import evaluate
     from ancestral.training.checkpoint import load
-    from ancestral.training.run import train
+    from ancestral.training.start import train
 
 __version__ = "0.1.0"
 
@@ -26,7 +26,7 @@ _HOME = {
     "Diffusion": "ancestral.diffusion.model",
     "evaluate": "ancestral.measure.evaluate",
     "load": "ancestral.training.checkpoint",
-    "train": "ancestral.training.run",
+    "train": "ancestral.training.start",
 }
 
 __all__ = [

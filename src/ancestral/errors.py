@@ -5,8 +5,12 @@
     │   ├── DataError        a file, folder or array cannot be used; the sentence names it
     │   ├── OptionError      a value outside what is allowed; the sentence names the close match
     │   └── RunError         a run directory or checkpoint is missing, foreign or damaged
+    ├── Lost                 exit code 1: another process of the job has died
+    ├── Stopped              exit code 3: stopped by a signal, a checkpoint was written
     ├── NoSpace              exit code 4: the disk is full, the last good checkpoint is kept
     └── Diverged             exit code 5: training diverged, the last good checkpoint is named
+
+    RunWarning               a damaged checkpoint was passed over for an earlier one
 
 A message is one sentence: what was received and where, what is allowed, what to type next.
 """
@@ -39,6 +43,16 @@ class RunError(UserError):
     """A run directory or checkpoint is missing, foreign or damaged."""
 
 
+class Lost(AncestralError):
+    """Another process of the job has died."""
+
+
+class Stopped(AncestralError):
+    """Training was asked to stop; a checkpoint was written."""
+
+    exit_code = 3
+
+
 class NoSpace(AncestralError):
     """The disk is full; the last good checkpoint is kept."""
 
@@ -49,6 +63,10 @@ class Diverged(AncestralError):
     """Training diverged; the last good checkpoint is named."""
 
     exit_code = 5
+
+
+class RunWarning(UserWarning):
+    """A damaged checkpoint was passed over for an earlier one."""
 
 
 def unknown(kind: str, received: object, allowed: Iterable[str]) -> OptionError:

@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
-import numpy as np
 from torch import Tensor, nn
 
-from ancestral.rng import Seeds
+from ancestral.rng import Rows, Seeds
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,32 @@ class Density:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """What one step learns from, or one process's share of it.
+
+    Attributes:
+        x: examples in the model's units, shape (B, ...).
+        rows: which rows of the whole batch these are, and their randomness.
+        labels: index of the class of each example, int64, shape (B,), or None.
+    """
+
+    x: Tensor
+    rows: Rows
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Player:
     """One thing to optimise: a GAN has two, every other family has one.
 
     Attributes:
         module: the parameters that this player owns.
-        loss: (batch, rng) -> scalar to minimise.
+        loss: batch -> scalar to minimise, a mean over examples.
         every: take a step once in so many steps of training.
     """
 
     module: nn.Module
-    loss: Callable[[Tensor, np.random.Generator], Tensor]
+    loss: Callable[[Batch], Tensor]
     every: int = 1
 
 

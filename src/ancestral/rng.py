@@ -1,12 +1,13 @@
 """Randomness as an argument.
 
-Every stochastic function takes `rng`: either one generator, from which the whole batch is drawn, or one per example,
-so that example i depends on seed i and never on the batch it is in. A generator is named by a key of integers: equal
-keys give equal numbers, different keys give independent streams, so nothing has to be saved in order to resume.
+Every stochastic function takes `rng`: one generator, from which the whole batch is drawn; one per example, so that
+example i depends on seed i and never on the batch it is in; or `Rows`, a share of a batch that several processes
+divide among them. A generator is named by a key of integers: equal keys give equal numbers, different keys give
+independent streams, so nothing has to be saved in order to resume.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +15,54 @@ from torch import Tensor
 
 from ancestral.errors import OptionError
 
-Rng = np.random.Generator | Sequence[np.random.Generator]
+GROUP = 16
+"""Rows of a training batch that share a generator."""
+
+
+class Rows:
+    """The randomness of rows start .. stop - 1 of a batch of `of`: the same numbers however the batch is divided.
+
+    Groups of `GROUP` consecutive rows have a generator each, named by the key and the group, so drawing a share costs
+    what the share costs.
+
+    Args:
+        key: names the batch, such as (seed, step).
+        of: rows in the whole batch.
+        start: first row of the share.
+        stop: row after the last of the share; by default all.
+
+    Example:
+        >>> whole, half = Rows((0, 7), 64), Rows((0, 7), 64, start=32)
+        >>> torch.equal(randn((64, 3), whole)[32:], randn((32, 3), half))
+        True
+    """
+
+    def __init__(self, key: Sequence[int], of: int, start: int = 0, stop: int | None = None) -> None:
+        self.of, self.start, self.stop = of, start, of if stop is None else stop
+        self.common = stream(*key)
+        self._groups = [stream(*key, group) for group in range(start // GROUP, -(-self.stop // GROUP))]
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def index(self) -> Tensor:
+        """Which rows of the batch these are, int64, shape (stop - start,)."""
+        return torch.arange(self.start, self.stop)
+
+    def draw(self, n: int, each: Callable[[np.random.Generator], Tensor]) -> Tensor:
+        """The share of what `each` draws for every group, which has `GROUP` rows.
+
+        Raises:
+            OptionError: if n is not the number of rows.
+        """
+        if n != len(self):
+            raise OptionError(f"received the randomness of {len(self)} rows for {n} examples: give as many of each")
+        first = self.start % GROUP
+        return torch.cat([each(generator) for generator in self._groups])[first : first + n]
+
+
+Rng = np.random.Generator | Sequence[np.random.Generator] | Rows
 Seeds = int | Sequence[int] | Rng
 """What a public function takes: a seed, one seed per example, or generators."""
 
@@ -43,7 +91,7 @@ def streams(seeds: Seeds, n: int, *, start: int = 0) -> Rng:
     Raises:
         OptionError: if one each was given, for another number of examples.
     """
-    if isinstance(seeds, np.random.Generator):
+    if isinstance(seeds, np.random.Generator | Rows):
         return seeds
     if isinstance(seeds, int):
         return [stream(seeds, start + i) for i in range(n)]
@@ -52,8 +100,10 @@ def streams(seeds: Seeds, n: int, *, start: int = 0) -> Rng:
 
 
 def randn(shape: Sequence[int], rng: Rng, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal numbers of the given shape, batch first, from one generator or one per example."""
+    """Standard normal numbers of the given shape, batch first, from one generator, one per example, or `Rows`."""
     kind = np.float64 if dtype == torch.float64 else np.float32
+    if isinstance(rng, Rows):
+        return rng.draw(shape[0], lambda generator: randn((GROUP, *shape[1:]), generator, dtype=dtype))
     if isinstance(rng, np.random.Generator):
         return torch.from_numpy(rng.standard_normal(tuple(shape), dtype=kind)).to(dtype)
     _one_each(shape[0], rng)
@@ -63,8 +113,15 @@ def randn(shape: Sequence[int], rng: Rng, *, dtype: torch.dtype = torch.float32)
     return torch.from_numpy(out).to(dtype)
 
 
+def randn_like(x: Tensor, rng: Rng) -> Tensor:
+    """Standard normal numbers of the shape, dtype and device of x."""
+    return randn(x.shape, rng, dtype=x.dtype).to(x.device)
+
+
 def rand(shape: Sequence[int], rng: Rng, *, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Uniform numbers in [0, 1) of the given shape, batch first, from one generator or one per example."""
+    """Uniform numbers in [0, 1) of the given shape, batch first, from one generator, one per example, or `Rows`."""
+    if isinstance(rng, Rows):
+        return rng.draw(shape[0], lambda generator: rand((GROUP, *shape[1:]), generator, dtype=dtype))
     if isinstance(rng, np.random.Generator):
         return torch.from_numpy(rng.random(tuple(shape))).to(dtype)
     _one_each(shape[0], rng)

@@ -3,21 +3,25 @@
 import contextlib
 import errno
 import json
+import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ancestral.errors import AncestralError, unknown
+from ancestral.errors import AncestralError, OptionError, RunWarning, unknown
 
 if TYPE_CHECKING:
     from ancestral.apps.progress import Progress
-    from ancestral.data import Data
+    from ancestral.data import Data, Facts
     from ancestral.diffusion.model import Diffusion
+    from ancestral.training.processes import Processes
+    from ancestral.training.start import Plan
 
 app = typer.Typer(
     name="ancestral",
@@ -32,71 +36,97 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random; printed and recorded.")]
 Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
+Ema = Annotated[
+    float | None, typer.Option(help="Length of the average of the weights, relative to the run, made from snapshots.")
+]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a checkpoint inside one.")]
 
 
 @app.command(
     epilog="Examples:  ancestral train digits  |  ancestral train photos/ --size 32 --minutes 30  |  "
-    "ancestral train mnist/ --set unet.width=48 --set process.schedule=linear"
+    "ancestral train mnist/ --set unet.width=48 --set process.schedule=linear  |  ancestral train --resume RUN  |  "
+    "torchrun --nproc-per-node 2 -m ancestral train DATA --to RUN"
 )
 def train(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="'digits', a toy's name, or a path.")],
-    to: Annotated[Path | None, typer.Option(help="Run directory; by default the next free runs/NAME-0001.")] = None,
+    data: Annotated[str | None, typer.Argument(metavar="DATA", help="'digits', a toy's name, or a path.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Run directory, which goes on if it is one; by default the next runs/NAME-0001.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run, as it was begun.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Of training; turned into steps by measuring the pace.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps, in place of minutes.")] = None,
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of everything random, recorded; 0 by default.")] = None,
     size: Annotated[int | None, typer.Option(min=4, help="Side to which images are cropped and resized.")] = None,
     recipe: Annotated[str | None, typer.Option(help="digits, images or vectors; by default chosen by shape.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Network: tiny, small, base, dit-tiny, dit-small, dit-base.")
+    ] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")] = None,
-    on_bad: Annotated[str, typer.Option(help="'skip' files that cannot be read and count them, or 'fail'.")] = "skip",
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
+    on_bad: Annotated[
+        str | None, typer.Option(help="'skip' files that cannot be read and count them (default), or 'fail'.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and write nothing.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train a model on DATA and write a run directory."""
+    """Train a model on DATA and write a run directory; the same command again goes on where it stopped."""
     with _guarded(as_json, debug):
-        from ancestral.training import run as runs
-
-        if on_bad not in ("skip", "fail"):
-            raise unknown("--on-bad", on_bad, ("skip", "fail"))
         from ancestral.apps.progress import Progress
+        from ancestral.training import processes, start
 
-        with _signals(), Progress() as progress:
-            run = runs.prepare(
-                data,
-                to=to,
-                minutes=minutes,
-                steps=steps,
-                seed=seed,
-                size=size,
-                recipe=recipe,
-                changes=changes or [],
-                on_bad="fail" if on_bad == "fail" else "skip",
-                argv=["ancestral", *sys.argv[1:]],
-                progress=progress.update,
-            )
+        if on_bad not in (None, "skip", "fail"):
+            raise unknown("--on-bad", on_bad, ("skip", "fail"))
+        every = [] if checkpoint_every is None else [f"training.checkpoint_every={checkpoint_every}"]
+        options: dict[str, Any] = {
+            "minutes": minutes,
+            "steps": steps,
+            "seed": seed,
+            "size": size,
+            "recipe": recipe,
+            "preset": preset,
+            "changes": [*(changes or []), *every],
+            "on_bad": on_bad,
+            "argv": ["ancestral", *sys.argv[1:]],
+        }
+        with _signals() as asked, processes.join() as group, Progress(quiet=not group.first) as progress:
+            options |= {"group": group, "progress": progress.update}
+            if dry_run:
+                _print_plan(start.plan(_given(data, resume, to), measure=True, **options), as_json, group)
+                return
+            run = start.prepare(data, to=to, resume=resume, **options)
+            say = _Sayer(as_json, run, quiet=not group.first)
             parameters = sum(p.numel() for p in run.model.parameters())
-            say = _Sayer(as_json, run)
             say(run.data.description)
             say(
                 f"recipe {run.setup.recipe}: {parameters:,} parameters, {run.total:,} steps of "
-                f"{run.setup.training.batch} examples, seed {seed}"
+                f"{run.setup.training.batch} examples, seed {run.seed}"
             )
+            if run.done:
+                say(f"goes on after step {run.done:,}" if run.done < run.total else "has been trained to its end")
+            if run.done and run.rounding:
+                say(f"note: equal to an uninterrupted run up to rounding, not to the bit: {run.rounding}")
             _warn_of_the_chain(run.model, run.data, say)
-            with contextlib.closing(run.steps()) as records:  # an interrupt between two steps, too, is seen to
+            asked.patiently(f"stopping after this step with a checkpoint in {run.path}; once more stops at once")
+            loss, seconds = None, 0.0
+            with contextlib.closing(run.steps(stop=lambda: asked.once)) as records:
                 for record in records:
-                    (loss,) = record.loss.values()
+                    loss, seconds = sum(record.loss.values()), record.seconds
                     progress.update("training", record.step, run.total, f"loss {loss:.4f}")
-        seconds = record.seconds
-        speed = record.step * run.setup.training.batch / seconds
-        say(f"trained in {seconds / 60:.1f} minutes, {speed:,.0f} examples/s")
+        if not group.first:
+            return
+        speed = (run.total - run.done) * run.setup.training.batch / seconds if seconds else 0.0
+        if seconds:
+            say(f"trained in {seconds / 60:.1f} minutes, {speed:,.0f} examples/s")
         say(f"run: {run.path}")
         if as_json:
             _print_json(
                 run=str(run.path),
-                steps=record.step,
+                steps=run.total,
+                begun_at=run.done,
                 images_per_second=round(speed, 1),
                 seconds=round(seconds, 2),
-                seed=seed,
+                seed=run.seed,
                 loss=loss,
                 artifacts={"final": str(run.path / "final"), "samples": str(run.path / "samples")},
             )
@@ -109,7 +139,9 @@ def sample(
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 100,
     sampler: Annotated[str, typer.Option(help="ancestral, ddim, euler, heun or annealed-langevin.")] = "ancestral",
     seed: Seed = 0,
+    ema: Ema = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the files; by default inside RUN.")] = None,
+    label: Annotated[str | None, typer.Option(help="Class to draw from, if the model knows classes.")] = None,
     gif: Annotated[bool, typer.Option("--gif", help="Also the reverse chain as an animation.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -119,16 +151,29 @@ def sample(
         from ancestral.apps import output
         from ancestral.apps.progress import Progress
         from ancestral.diffusion.sample import SAMPLERS
-        from ancestral.training import checkpoint
+        from ancestral.training import checkpoint, processes
 
         if sampler not in SAMPLERS:
             raise unknown("sampler", sampler, SAMPLERS)
-        model, _, source = checkpoint.load_with_setup(run)
-        with Progress() as progress:
+        with processes.join() as group, Progress(quiet=not group.first) as progress:
+            saved = checkpoint.open_run(run, ema)
+            model = saved.model.to(group.device)
             drawn = output.draw_samples(
-                model, n, steps=steps, sampler=SAMPLERS[sampler], seed=seed, keep_path=gif, progress=progress.update
+                model,
+                n,
+                steps=steps,
+                sampler=SAMPLERS[sampler],
+                seed=seed,
+                keep_path=gif,
+                progress=progress.update,
+                label=_class_of(label, model.facts),
+                group=group,
             )
-        recipe = {"run": str(source), "n": n, "sampler": sampler, "steps": steps, "seed": seed}
+        if not group.first:
+            return
+        recipe = {"run": str(saved.path), "n": n, "sampler": sampler, "steps": steps, "seed": seed}
+        recipe |= {"ema": ema} if ema is not None else {}
+        recipe |= {"label": label} if label is not None else {}
         folder = out or checkpoint.run_of(run) / "samples"
         artifacts = output.write_samples(folder, model.facts, drawn, recipe)
         say = _Sayer(as_json)
@@ -155,6 +200,9 @@ def evaluate(
     likelihood: Annotated[
         str, typer.Option(help="'bound' draws terms at random steps; 'all-steps' computes all.")
     ] = "bound",
+    ema: Annotated[
+        str | None, typer.Option(help="Lengths of the average of the weights, such as 0.02,0.05,0.1: one table of all.")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -164,33 +212,53 @@ def evaluate(
         from ancestral.apps import figures, output
         from ancestral.apps.progress import Progress
         from ancestral.measure import evaluate as measuring
-        from ancestral.training import checkpoint
+        from ancestral.training import checkpoint, durable, processes
 
         if likelihood not in ("bound", "all-steps"):
             raise unknown("--likelihood", likelihood, ("bound", "all-steps"))
-        model, _, source = checkpoint.load_with_setup(run)
-        say = _Sayer(as_json)
-        with Progress() as progress:
-            examples = _data_of(run, data, model, progress, say)
-            _warn_of_the_chain(model, examples, say)
-            measured = measuring.evaluate(
-                model,
-                examples,
-                n=n,
-                draws=None if likelihood == "all-steps" else measuring.DRAWS,
-                seed=seed,
-                progress=progress.update,
-            )
+        lengths = _lengths(ema)
+        found: list[tuple[checkpoint.Saved, measuring.Measured]] = []
+        with processes.join() as group, Progress(quiet=not group.first) as progress:
+            say = _Sayer(as_json, quiet=not group.first)
+            for length in lengths:
+                saved = checkpoint.open_run(run, length)
+                model = saved.model.to(group.device)
+                if not found:
+                    examples = _data_of(run, data, model, progress, say)
+                    _warn_of_the_chain(model, examples, say)
+                measured = measuring.evaluate(
+                    model,
+                    examples,
+                    n=n,
+                    draws=None if likelihood == "all-steps" else measuring.DRAWS,
+                    seed=seed,
+                    progress=progress.update,
+                    group=group,
+                )
+                found.append((saved, measured))
+        if not group.first:
+            return
+        saved, measured = found[0]
         folder = output.fresh(checkpoint.run_of(run), "evaluation")
         folder.mkdir(parents=True)
         artifacts = {"terms": str(folder / "terms.png"), "evaluation": str(folder / "evaluation.json")}
-        recipe = {"run": str(source), "n": n, "likelihood": likelihood, "seed": seed}
-        figures.save(figures.terms(measured.bound, model.facts), Path(artifacts["terms"]), recipe)
+        recipe = {"run": str(saved.path), "n": n, "likelihood": likelihood, "seed": seed}
+        figures.save(figures.terms(measured.bound, saved.facts), Path(artifacts["terms"]), recipe)
+        sweep = [
+            measuring.Averaged(length=each.ema, residual=each.residual, likelihood=one.likelihood())
+            for each, one in found
+            if ema is not None
+        ]
         result = measured.evaluation(
-            run=str(source), data=examples.facts.name, variance=model.variance, seed=seed, artifacts=artifacts
+            run=str(saved.path),
+            data=examples.facts.name,
+            variance=saved.model.variance,
+            seed=seed,
+            artifacts=artifacts,
+            ema=sweep or None,
         )
         record = result.model_dump(mode="json", exclude_none=True)
-        checkpoint.write_json(folder / "evaluation.json", record)
+        durable.write_json(folder / "evaluation.json", record)
         for line in output.evaluation_lines(result):
             say(line)
         if as_json:
@@ -213,26 +281,61 @@ def figures(
         from ancestral.training import checkpoint
         from ancestral.training.run import reload
 
-        model, _, source = checkpoint.load_with_setup(run)
+        saved = checkpoint.open_run(run)
         with Progress() as progress:
             data = reload(run, progress.update)
             folder = output.fresh(out or checkpoint.run_of(run), "figures")
-            artifacts = drawing.draw_all(model, data, folder, seed=seed, progress=progress.update)
+            artifacts = drawing.draw_all(saved.model, data, folder, seed=seed, progress=progress.update)
         say = _Sayer(as_json)
-        say(f"figures of {source}, seed {seed}")
+        say(f"figures of {saved.path}, seed {seed}")
         for path in artifacts.values():
             say(f"  {path}")
         if as_json:
             _print_json(seed=seed, artifacts={name: str(path) for name, path in artifacts.items()})
 
 
+@app.command(epilog="Example:  ancestral doctor --json")
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """Say what this machine has: versions, cores, threads, bfloat16, memory, disk, and how fast it convolves."""
+    with _guarded(as_json, debug):
+        from ancestral.apps import doctor as machine
+
+        found = machine.doctor()
+        for line in machine.lines(found):
+            _Sayer(as_json)(line)
+        if as_json:
+            _print_json(**found)
+
+
+@app.command(epilog="Example:  ancestral presets --size 32 --channels 3")
+def presets(
+    size: Annotated[int, typer.Option(min=4, help="Side of the images.")] = 32,
+    channels: Annotated[int, typer.Option(min=1, max=4, help="Channels of the images.")] = 3,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print every preset network with its parameters, FLOPs, memory, and its speed on this machine."""
+    with _guarded(as_json, debug):
+        from ancestral.apps import doctor as machine
+        from ancestral.apps.progress import Progress
+
+        with Progress() as progress:
+            table = machine.presets_table(channels, size, progress=progress.update)
+        for line in machine.table_lines(table):
+            _Sayer(as_json)(line)
+        if as_json:
+            _print_json(size=size, channels=channels, presets=table)
+
+
 class _Sayer:
     """Says lines on stdout, or on stderr when stdout is for JSON, and into the log of a run that is being made."""
 
-    def __init__(self, as_json: bool, run: Any = None) -> None:
-        self.stream, self.run = sys.stderr if as_json else sys.stdout, run
+    def __init__(self, as_json: bool, run: Any = None, quiet: bool = False) -> None:
+        self.stream, self.run, self.quiet = sys.stderr if as_json else sys.stdout, run, quiet
 
     def __call__(self, line: str) -> None:
+        if self.quiet:
+            return
         print(line, file=self.stream, flush=True)
         if self.run is not None:
             self.run.log(line)
@@ -242,7 +345,10 @@ class _Sayer:
 def _guarded(as_json: bool, debug: bool) -> Iterator[None]:
     """Turns what goes wrong into one sentence on stderr and the exit code that stands for it."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", RunWarning)
+            warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)  # noqa: T201
+            yield
     except KeyboardInterrupt:
         _fail("stopped; what was saved is whole", 3, as_json)
     except AncestralError as error:
@@ -261,6 +367,8 @@ def _guarded(as_json: bool, debug: bool) -> Iterator[None]:
 
 
 def _fail(sentence: str, code: int, as_json: bool) -> None:
+    if code != 1 and os.environ.get("RANK", "0") != "0":
+        raise typer.Exit(code)  # every process says the same: the first one says it
     raise typer.Exit(_say_failure(sentence, code, as_json))
 
 
@@ -290,6 +398,63 @@ def _data_of(run: Path, data: str | None, model: "Diffusion", progress: "Progres
     return examples
 
 
+def _print_plan(planned: "Plan", as_json: bool, group: "Processes") -> None:
+    """What a run would take. Nothing was written."""
+    from ancestral.training import resources
+
+    if not group.first:
+        return
+    setup, cost, seconds = planned.setup, planned.cost, planned.seconds_per_step or 0.0
+    total = setup.training.steps or 0
+    memory = cost.memory(setup.training.batch // (group.count * setup.training.accumulate))
+    available, disk, free = resources.available_memory(), cost.disk(setup), resources.free_disk(Path())
+    say, gib = _Sayer(as_json), 2**30
+    say(planned.data.description)
+    say(f"recipe {setup.recipe}: {cost.parameters:,} parameters, {cost.flops / 1e9:.4f} GFLOP forward an example")
+    say(f"{total:,} steps of {setup.training.batch} at {seconds:.4f} s: {seconds * total / 60:.1f} minutes")
+    say(f"memory: about {memory / gib:.2f} GiB, and {available / gib:.1f} are to be had")
+    say(f"disk: at most {disk / gib:.2f} GiB, and {free / gib:.1f} are free; nothing was written")
+    record = {
+        "recipe": setup.recipe,
+        "parameters": cost.parameters,
+        "gflop_per_example": cost.flops / 1e9,
+        "steps": total,
+        "batch": setup.training.batch,
+        "seconds_per_step": round(seconds, 6),
+        "eta_seconds": round(seconds * total, 1),
+        "memory_bytes": memory,
+        "available_memory_bytes": available,
+        "disk_bytes": disk,
+        "free_disk_bytes": free,
+    }
+    if as_json:
+        _print_json(**record, setup=setup.model_dump(mode="json"))
+
+
+def _given(data: str | None, resume: Path | None, to: Path | None) -> str:
+    """DATA of a dry run, which is about a run that is not there yet."""
+    if resume is not None or data is None:
+        raise OptionError("--dry-run is about a new run: give DATA, and not --resume")
+    if to is not None and to.is_dir() and any(to.iterdir()):
+        raise OptionError(f"--dry-run is about a new run, and {to} is there already; leave --to out")
+    return data
+
+
+def _class_of(label: str | None, facts: "Facts") -> int | None:
+    if label is None:
+        return None
+    if label not in (facts.classes or ()):
+        raise unknown("class", label, facts.classes or ())
+    return (facts.classes or ()).index(label)
+
+
+def _lengths(ema: str | None) -> list[float | None]:
+    try:
+        return [None] if ema is None else [float(part) for part in ema.split(",")]
+    except ValueError:
+        raise OptionError(f"--ema is a length such as 0.05, or several as 0.02,0.05,0.1, received {ema!r}") from None
+
+
 def _warn_of_the_chain(model: "Diffusion", data: "Data", say: "_Sayer") -> None:
     """F4 and F5: says when betas do not increase, and when the end of the chain still knows of the data."""
     facts, process = model.facts, model.process
@@ -304,14 +469,32 @@ def _warn_of_the_chain(model: "Diffusion", data: "Data", say: "_Sayer") -> None:
         )
 
 
+class _Asked:
+    """Whether a signal has asked this process to stop. At first that is at once; when patient, after a step."""
+
+    def __init__(self) -> None:
+        self.once, self.words = False, ""
+
+    def patiently(self, words: str) -> None:
+        """From now on the first signal only asks, and says these words; the second stops at once."""
+        self.words = words
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if self.once or not self.words:
+            raise KeyboardInterrupt
+        self.once = True
+        print(f"\nancestral: {self.words}", file=sys.stderr, flush=True)  # noqa: T201
+
+
 @contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """While training, SIGTERM stops as Ctrl-C does: with a checkpoint."""
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        signal.signal(number, signal.default_int_handler)
+def _signals() -> Iterator[_Asked]:
+    """Ctrl-C and SIGTERM ask to stop."""
+    asked, numbers = _Asked(), (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, asked)
     try:
-        yield
+        yield asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -41,7 +41,7 @@ from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.process import Process
 from ancestral.measure.evaluate import evaluate
 from ancestral.rng import randn, stream
-from ancestral.training import loop, recipes
+from ancestral.training import checkpoint, loop, recipes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -200,12 +200,11 @@ def learn_roll(*, steps: int, seed: int = 0, progress: Progress | None = None) -
     data = load("swiss-roll", seed=seed)
     setup = recipes.change(recipes.choose(data.facts), ROLL)
     model = recipes.build(setup, data.facts, seed)
-    average = loop.Average(model.network, setup.training.ema)
-    for record in loop.steps(model, data, setup.training, steps, seed=seed, averages={"denoiser": average}):
+    state = loop.State(model, setup.training)
+    for record in loop.steps(state, data, steps, seed=seed):
         if progress and record.step % 50 == 0:
             progress("learning a swiss roll", record.step, steps)
-    model.network.load_state_dict(average.module.state_dict())
-    return model.eval(), data
+    return checkpoint.averaged(state.tensors(), setup, data.facts), data
 
 
 def swiss_roll(seed: int = 0, steps: int = 2500, progress: Progress | None = None) -> "Figure":

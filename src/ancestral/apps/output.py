@@ -16,8 +16,9 @@ from ancestral.data import Facts, draw
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.sample import Sampler
 from ancestral.measure.evaluate import Evaluation
+from ancestral.training.processes import ALONE, Processes
 
-BATCH = 256
+BATCH = 64
 FRAMES = 40
 SHOWN = 256
 """Samples per batch, frames of an animation, and samples shown in a picture at most."""
@@ -42,19 +43,29 @@ def draw_samples(
     seed: int,
     keep_path: bool,
     progress: Callable[[str, int, int], None],
+    label: int | None = None,
+    group: Processes = ALONE,
 ) -> Samples:
-    """n samples in batches; sample i has its own stream (seed, i), whatever the batch."""
-    began, parts, frames, asked = time.perf_counter(), [], [], []
+    """n samples in batches, which the processes divide among them; the first has them all at the end.
+
+    Sample i has its own stream (seed, i), and the batches are the same whatever the number of processes.
+    """
+    began, parts, frames, asked = time.perf_counter(), {}, [], []
     counting = model.network.register_forward_hook(lambda _, inputs, __: asked.append(len(inputs[0])))
-    for start in range(0, n, BATCH):
+    starts = range(0, n, BATCH)
+    for start in starts[group.rank :: group.count]:
         size = min(BATCH, n - start)
-        for i, point in enumerate(model.sample_path(size, steps=steps, sampler=sampler, rng=seed, start=start)):
+        labels = None if label is None else torch.full((size,), label)
+        path = model.sample_path(size, steps=steps, sampler=sampler, rng=seed, start=start, labels=labels)
+        for i, point in enumerate(path):
             if keep_path and start == 0 and (i * FRAMES // steps > (i - 1) * FRAMES // steps or i == steps):
-                frames.append(model.facts.to_raw(point.x))
+                frames.append(model.facts.to_raw(point.x.cpu()))
             progress("sampling", start * steps + size * i, n * steps)
-        parts.append(model.facts.to_raw(point.x))
+        parts[start] = model.facts.to_raw(point.x.cpu())
     counting.remove()
-    return Samples(torch.cat(parts), frames, sum(asked), time.perf_counter() - began)
+    drawn = {start: x for part in group.gathered(parts) for start, x in part.items()}
+    evaluations = sum(group.gathered(sum(asked)))
+    return Samples(torch.cat([drawn[start] for start in starts]), frames, evaluations, time.perf_counter() - began)
 
 
 def write_samples(folder: Path, facts: Facts, samples: Samples, recipe: Mapping[str, Any]) -> dict[str, str]:
@@ -118,5 +129,10 @@ def evaluation_lines(result: Evaluation) -> list[str]:
         f"    {'L_0   decoder':<22}{found.decoder:10.4f}",
         baseline("independent pixels", "independent_pixels"),
         baseline("full-covariance Gaussian", "gaussian"),
+        *(
+            f"  {f'average of length {each.length:g}':<24}{each.likelihood.value:10.4f} ± {each.likelihood.stderr:.4f}"
+            f"   (made to {each.residual:.1%})"
+            for each in result.ema or []
+        ),
         *(f"  {path}" for path in result.artifacts.values()),
     ]

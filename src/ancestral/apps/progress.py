@@ -15,10 +15,10 @@ EVERY = 10.0
 
 
 class Progress:
-    """What is being done and how much of it, with the time that is left."""
+    """What is being done and how much of it, with the time that is left; nothing where another process speaks."""
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
+    def __init__(self, quiet: bool = False) -> None:
+        self.console, self.quiet = Console(stderr=True, quiet=quiet), quiet
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -31,7 +31,7 @@ class Progress:
             transient=True,
         )
         self.tasks: dict[str, int] = {}
-        self.began: dict[str, float] = {}
+        self.began: dict[str, tuple[float, int]] = {}
         self.said = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -53,8 +53,8 @@ class Progress:
             self.bar.update(self.tasks[what], completed=done, total=of, note=escape(note))  # type: ignore[arg-type]
             return
         now = time.monotonic()
-        began = self.began.setdefault(what, now)
-        if now - self.said >= EVERY and now > began and done:
+        began, first = self.began.setdefault(what, (now, done))
+        if now - self.said >= EVERY and done > first and not self.quiet:
             self.said = now
-            left = (now - began) / done * (of - done)
+            left = (now - began) / (done - first) * (of - done)
             print(f"{what}: {done:,} of {of:,}, {left:.0f} s left {note}".rstrip(), file=sys.stderr, flush=True)  # noqa: T201

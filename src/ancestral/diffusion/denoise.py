@@ -9,15 +9,15 @@ row recovers its historical loss.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ancestral.diffusion.process import LOG_SNR_MIN, Process, Time, per_example
+from ancestral.diffusion.process import LOG_SNR_MIN, Instant, Process, Time, per_example
 from ancestral.errors import OptionError, unknown
 
-Row = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Row = Callable[[Any, Any, float], tuple[Any, Any]]  # of tensors, or of numbers
 
 ROWS: dict[str, Row] = {
     "x0": lambda a, s, d: (0 * a, 1 + 0 * a),
@@ -25,7 +25,7 @@ ROWS: dict[str, Row] = {
     "score": lambda a, s, d: (1 / a, s**2 / a),
     "v": lambda a, s, d: (a / (a**2 + s**2), -s / (a**2 + s**2)),
     "velocity": lambda a, s, d: (1 / (a + s), -s / (a + s)),
-    "edm": lambda a, s, d: (a * d**2 / (a**2 * d**2 + s**2), s * d / (a**2 * d**2 + s**2).sqrt()),
+    "edm": lambda a, s, d: (a * d**2 / (a**2 * d**2 + s**2), s * d / (a**2 * d**2 + s**2) ** 0.5),
 }
 """(alpha, sigma, sigma_data) -> (c_skip, c_out). References: Ho et al. (2020), eq. 15; Song & Ermon (2019), eq. 5;
 Salimans & Ho (2022), appendix D; Lipman et al. (2023), eq. 23; Karras et al. (2022), table 1."""
@@ -48,7 +48,7 @@ class Denoiser(nn.Module, ABC):
     def score(self, x_t: Tensor, t: Time) -> Tensor:
         """grad log q(x_t) = (alpha_t E[x_0|x_t] - x_t) / sigma_t^2."""
         alpha_t, sigma_t = (per_example(c, x_t) for c in self.process(t))
-        return (alpha_t * self(x_t, t) - x_t) / sigma_t.square()
+        return (alpha_t * self(x_t, t) - x_t) / sigma_t**2
 
     def velocity(self, x_t: Tensor, t: Time) -> Tensor:
         """E[eps - x_0 | x_t]: dx/dt along the straight path."""
@@ -69,7 +69,7 @@ class NetworkDenoiser(Denoiser):
 
     Args:
         net: (c_in x_t, c_noise) -> output of the shape of x_t, with c_noise the log-SNR in nats, shape (B,), clamped
-            to +-20.
+            to +-20; one that knows classes has their number in `classes`, and takes labels as a third argument.
         process: the forward process that noised the data.
         predicts: which row.
         sigma_data: standard deviation of the data in the model's units.
@@ -89,17 +89,58 @@ class NetworkDenoiser(Denoiser):
                 "predict 'v', 'velocity', 'x0' or 'edm', or choose a schedule that keeps some signal"
             )
 
-    def coefficients(self, t: Time) -> tuple[Tensor, Tensor, Tensor]:
+    @overload
+    def coefficients(self, t: Instant) -> tuple[float, float, float]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def coefficients(self, t: Time) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def coefficients(self, t: Time) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
         """(c_skip, c_out, c_in) at t, float64, the shape of t."""
         alpha, sigma = self.process(t)
         c_skip, c_out = ROWS[self.predicts](alpha, sigma, self.sigma_data)
-        return c_skip, c_out, (alpha**2 * self.sigma_data**2 + sigma**2).rsqrt()
+        return c_skip, c_out, (alpha**2 * self.sigma_data**2 + sigma**2) ** -0.5
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the network knows, or None. The label of that number stands for any of them."""
+        return getattr(self.net, "classes", None)
+
+    def forward(self, x_t: Tensor, t: Time, labels: Tensor | None = None) -> Tensor:
+        """E[x_0 | x_t] = c_skip x_t + c_out net(c_in x_t, c_noise), or that of each example's class."""
+        c_skip, c_out, c_in = (per_example(c, x_t) for c in self.coefficients(t))
+        if isinstance(t, Instant):
+            c_noise = x_t.new_full((len(x_t),), min(max(t.log_snr, LOG_SNR_MIN), -LOG_SNR_MIN))
+        else:
+            c_noise = self.process.log_snr(t).clamp(LOG_SNR_MIN, -LOG_SNR_MIN).to(x_t).expand(len(x_t))
+        given = () if labels is None else (labels,)
+        return c_skip * x_t + c_out * self.net(c_in * x_t, c_noise, *given).to(x_t.dtype)
+
+
+class Given(Denoiser):
+    """E[x_0 | x_t, label]: a network that knows classes, told the class of each example.
+
+    Args:
+        denoiser: whose network knows classes.
+        labels: index of the class of each example, int64, shape (B,).
+
+    Raises:
+        OptionError: if the network knows no classes, or not these.
+    """
+
+    def __init__(self, denoiser: NetworkDenoiser, labels: Tensor) -> None:
+        super().__init__()
+        known = denoiser.classes
+        if known is None:
+            raise OptionError("received labels, but this model was trained without: train with --set dit.labels=true")
+        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) > known):
+            named = sorted(set(labels.tolist()))
+            raise OptionError(f"received labels {named}: this model knows classes 0 to {known - 1}")
+        self.denoiser, self.process, self.labels = denoiser, denoiser.process, labels
 
     def forward(self, x_t: Tensor, t: Time) -> Tensor:
-        """E[x_0 | x_t] = c_skip x_t + c_out net(c_in x_t, c_noise)."""
-        c_skip, c_out, c_in = (per_example(c, x_t) for c in self.coefficients(t))
-        c_noise = self.process.log_snr(t).clamp(LOG_SNR_MIN, -LOG_SNR_MIN).to(x_t.dtype).expand(len(x_t))
-        return c_skip * x_t + c_out * self.net(c_in * x_t, c_noise).to(x_t.dtype)
+        """E[x_0 | x_t, label]."""
+        return self.denoiser(x_t, t, self.labels)
 
 
 class Posterior(Protocol):
@@ -176,7 +217,7 @@ def reverse(
     if variance == "fixed-small":
         return mean, beta_tilde, x_0_hat
     if variance == "optimal":
-        return mean, beta_tilde + c_0.square() * known_variance(denoiser, x_t, t), x_0_hat
+        return mean, beta_tilde + c_0**2 * known_variance(denoiser, x_t, t), x_0_hat
     return mean, per_example(process.transition(s, t)[1], x_t), x_0_hat
 
 

@@ -57,6 +57,10 @@ class Bound:
         """The bound, or its unbiased estimate, shape (B,)."""
         return self.prior + self.diffusion + self.decoder
 
+    def cpu(self) -> Self:
+        """The same on the CPU."""
+        return replace(self, prior=self.prior.cpu(), decoder=self.decoder.cpu(), terms=self.terms.cpu())
+
     def by_step(self) -> tuple[Tensor, Tensor]:
         """Mean of every term and its standard error over images, each of shape (T + 1,): L_0, L_1, ..., L_{T-1}, L_T.
 
@@ -217,7 +221,7 @@ def continuous_bound(
         for u in (rand((n, draws), rng) + torch.arange(draws)).div(draws).unbind(1):
             t = t_min + (1 - t_min) * u
             x_t, eps = process.marginal(x_0, t, rng)
-            error = (eps - denoiser.eps(x_t, t)).double().square().flatten(1).sum(1)
+            error = (eps - denoiser.eps(x_t, t)).double().square().flatten(1).sum(1).cpu()
             total += 0.5 * (1 - t_min) * process.rate(t) * error / draws
         decoder = decoder_nats(denoiser, x_0, torch.tensor([t_min]), "beta", levels, rng)
-        return process.terminal_kl(x_0), total, decoder
+        return process.terminal_kl(x_0).cpu(), total, decoder.cpu()

@@ -3,17 +3,16 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ancestral.data import Facts
 from ancestral.diffusion import likelihood
 from ancestral.diffusion import sample as samplers
-from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, NetworkDenoiser
+from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, Given, NetworkDenoiser
 from ancestral.diffusion.process import LOG_SNR_MIN, Process
 from ancestral.errors import OptionError, unknown
-from ancestral.protocol import Density, Player
+from ancestral.protocol import Batch, Density, Player
 from ancestral.rng import Seeds, rand, randn, streams
 
 
@@ -36,6 +35,9 @@ def bound(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
     first = times.new_zeros(1)
     return torch.cat([first, span]), torch.cat([first, weight])
 
+
+UNTOLD = 0.1
+"""Share of the training examples whose class the network is not told."""
 
 WEIGHTINGS = {"simple": simple, "bound": bound}
 """(denoiser, times of the chain) -> (probability of training on each, weight of the squared error of x_0 there)."""
@@ -87,30 +89,50 @@ class Diffusion(nn.Module):
     @property
     def denoiser(self) -> Denoiser:
         """E[x_0 | x_t] in the model's units, clipped to [-1, 1] when the data has levels."""
-        return self.network if self.facts.levels is None else Clipped(self.network)
+        return self.given(None)
+
+    def given(self, labels: Tensor | None) -> Denoiser:
+        """E[x_0 | x_t, label] in the same way; without labels, of all classes together.
+
+        Raises:
+            OptionError: if the model knows no classes, or not these.
+        """
+        denoiser = self.network if labels is None else Given(self.network, labels.to(self.device))
+        return denoiser if self.facts.levels is None else Clipped(denoiser)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes. Data and samples in the user's units are on the CPU."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
     def players(self) -> Mapping[str, Player]:
         """The denoiser, with `loss`."""
         return {"denoiser": Player(self.network, self.loss)}
 
-    def loss(self, x_0: Tensor, rng: np.random.Generator) -> Tensor:
+    def loss(self, batch: Batch) -> Tensor:
         """Mean over the batch of w_t ||x_0 - x_0_hat||^2 per dimension, with t at low discrepancy over the chain.
 
         Times: u_b = (u + b) / B for one uniform u, through the inverse distribution function of the weighting.
 
         Reference: Kingma et al. (2021), appendix I.1, for the times.
-
-        Args:
-            x_0: examples in the model's units, shape (B, ...).
-            rng: generator of times and noise.
         """
-        n = len(x_0)
-        u = (rand((1,), rng) + torch.arange(n)) / n
+        x_0, rows = batch.x, batch.rows
+        u = (rand((1,), rows.common) + rows.index) / rows.of
         step = torch.searchsorted(self._cumulative, u, right=True).clamp(max=self.chain - 1)
         t, weight = self._times[step], self._weight[step]
-        x_t, _ = self.process.marginal(x_0, t, rng)
-        error = (self.network(x_t, t) - x_0).square().flatten(1).mean(1)
-        return (weight.to(error.dtype) * error).mean()
+        x_t, _ = self.process.marginal(x_0, t, rows)
+        error = (self.network(x_t, t, self._labels(batch)) - x_0).square().flatten(1).mean(1)
+        return (weight.to(error) * error).mean()
+
+    def _labels(self, batch: Batch) -> Tensor | None:
+        """The labels of a batch that the network is told, if it knows classes: all but a tenth of them.
+
+        Reference: Ho & Salimans (2022), algorithm 1: what is untold is learnt as the law of all classes together.
+        """
+        if batch.labels is None or self.network.classes is None:
+            return None
+        untold = rand((len(batch.x),), batch.rows) < UNTOLD
+        return torch.where(untold.to(self.device), self.network.classes, batch.labels)
 
     def sample(
         self,
@@ -119,12 +141,16 @@ class Diffusion(nn.Module):
         steps: int | Tensor = 50,
         sampler: samplers.Sampler = samplers.ancestral,
         rng: Seeds = 0,
+        labels: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
-        """n examples in the data's own units: integer levels, or real values. Example i depends on seed i alone."""
-        for point in self.sample_path(n, steps=steps, sampler=sampler, rng=rng, **options):
+        """n examples in the data's own units: integer levels, or real values. Example i depends on seed i alone.
+
+        A model that knows classes draws from those of `labels`, int64, shape (n,), or from all of them.
+        """
+        for point in self.sample_path(n, steps=steps, sampler=sampler, rng=rng, labels=labels, **options):
             x = point.x
-        return self.facts.to_raw(x)
+        return self.facts.to_raw(x.cpu())
 
     def sample_path(
         self,
@@ -134,6 +160,7 @@ class Diffusion(nn.Module):
         sampler: samplers.Sampler = samplers.ancestral,
         rng: Seeds = 0,
         start: int = 0,
+        labels: Tensor | None = None,
         **options: Any,
     ) -> Iterator[samplers.Point]:
         """Every point of the walk from noise to data, in the model's units, for examples start, ..., start + n - 1.
@@ -142,10 +169,10 @@ class Diffusion(nn.Module):
         """
         each = streams(rng, n, start=start)
         times = samplers.grid(self.process, steps)
-        noise = randn((n, *self.facts.shape), each) * float(self.process.prior_var(times[0])) ** 0.5
+        noise = randn((n, *self.facts.shape), each).to(self.device) * float(self.process.prior_var(times[0])) ** 0.5
         if sampler is samplers.ancestral:
             options.setdefault("variance", self.variance)
-        return sampler.path(self.denoiser, noise, times, rng=each, **options)
+        return sampler.path(self.given(labels), noise, times, rng=each, **options)
 
     def bound(
         self, x: Tensor, *, rng: Seeds = 0, start: int = 0, draws: int | None = None, steps: Tensor | None = None
@@ -156,13 +183,13 @@ class Diffusion(nn.Module):
         """
         result = likelihood.bound(
             self.denoiser,
-            self.facts.scale.forward(x),
+            self.facts.scale.forward(x).to(self.device),
             self.chain if steps is None else steps,
             rng=streams(rng, len(x), start=start),
             draws=draws,
             variance=self.variance,
             levels=self.facts.levels,
-        )
+        ).cpu()
         return result if self.facts.levels else result.shifted(-self.facts.scale.log_det(self.facts.shape))
 
     def log_prob(self, x: Tensor, *, rng: Seeds = 0) -> Density:
@@ -175,11 +202,13 @@ class Diffusion(nn.Module):
         It starts at the first time after 0, from alpha_t x_0: the noise there is not drawn.
         """
         times = samplers.grid(self.process, steps).flip(0).tolist()
-        start = samplers.Point(times[0], self.process(times[0])[0].float() * self.facts.scale.forward(x))
+        start = samplers.Point(
+            times[0], self.process(times[0])[0].float() * self.facts.scale.forward(x).to(self.device)
+        )
         for point in samplers.walk(samplers.heun_step, self.denoiser, start, times):
             z = point.x
         return z
 
     def decode(self, z: Tensor, *, steps: int = 100) -> Tensor:
         """The example of each latent, in the data's units: the inverse of `encode` up to the solver's error."""
-        return self.facts.to_raw(samplers.heun(self.denoiser, z, steps))
+        return self.facts.to_raw(samplers.heun(self.denoiser, z.to(self.device), steps).cpu())

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -22,10 +23,11 @@ from torch.nn.functional import logsigmoid
 
 from ancestral import gaussian
 from ancestral.errors import OptionError, unknown
-from ancestral.rng import Rng, randn
+from ancestral.rng import Rng, randn_like
 
 Curve = Callable[[Tensor], Tensor]
 Time = Tensor | float
+Coefficient = TypeVar("Coefficient", Tensor, float)
 
 LOG_SNR_MIN = -20.0
 """Where a curve that ends in pure noise is cut, in nats: at alpha = 4.5e-5 every parameterization is still defined."""
@@ -51,6 +53,21 @@ class Chain:
     betas: Tensor
     alpha_bar: Tensor
     increasing: bool
+
+
+class Instant(float):
+    """A time of a grid with what a process says of it, as plain numbers: a walk does no tensor arithmetic on scalars.
+
+    Attributes:
+        alpha: signal coefficient, float64.
+        sigma: standard deviation of the noise, float64.
+        log_snr: log signal-to-noise ratio in nats, float64.
+    """
+
+    __slots__ = ("alpha", "log_snr", "sigma")
+    alpha: float
+    sigma: float
+    log_snr: float
 
 
 @dataclass(frozen=True)
@@ -85,9 +102,33 @@ class Process:
         """log(alpha_t^2 / sigma_t^2) in nats, float64, the shape of t."""
         return self.log_snr_curve(torch.as_tensor(t, dtype=torch.float64))
 
-    def __call__(self, t: Time) -> tuple[Tensor, Tensor]:
+    @overload
+    def __call__(self, t: Instant) -> tuple[float, float]: ...  # type: ignore[overload-overlap]  # an Instant is told apart
+
+    @overload
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor]: ...
+
+    def __call__(self, t: Time) -> tuple[Tensor, Tensor] | tuple[float, float]:
         """The signal coefficient alpha_t and the noise standard deviation sigma_t, float64, the shape of t."""
+        if isinstance(t, Instant):
+            return t.alpha, t.sigma
         return CONSTRAINTS[self.constraint](self.log_snr(t))
+
+    def instants(self, times: Sequence[float]) -> list[Instant]:
+        """The times with their coefficients, all computed at once.
+
+        Example:
+            >>> half, data = cosine().instants([0.5, 0.0])
+            >>> half, round(half.alpha, 3), (data.alpha, data.sigma)
+            (0.5, 0.703, (1.0, 0.0))
+        """
+        at = torch.tensor(times, dtype=torch.float64)
+        instants = []
+        for t, alpha, sigma, log_snr in zip(times, *(c.tolist() for c in (*self(at), self.log_snr(at))), strict=True):
+            instant = Instant(t)
+            instant.alpha, instant.sigma, instant.log_snr = alpha, sigma, log_snr
+            instants.append(instant)
+        return instants
 
     def rate(self, t: Time) -> Tensor:
         """-d log_snr / dt, nats per unit of time, float64, the shape of t."""
@@ -106,19 +147,39 @@ class Process:
             low, high = torch.where(above, middle, low), torch.where(above, high, middle)
         return high
 
-    def gain(self, s: Time, t: Time) -> Tensor:
+    @overload
+    def gain(self, s: Instant, t: Instant) -> float: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def gain(self, s: Time, t: Time) -> Tensor: ...
+
+    def gain(self, s: Time, t: Time) -> Tensor | float:
         """1 - SNR_t / SNR_s: the share of what x_s knows about x_0 that x_t has lost, in [0, 1]."""
+        if isinstance(s, Instant) and isinstance(t, Instant):
+            return -math.expm1(t.log_snr - s.log_snr)
         return -torch.expm1(self.log_snr(t) - self.log_snr(s))
 
-    def transition(self, s: Time, t: Time) -> tuple[Tensor, Tensor]:
+    @overload
+    def transition(self, s: Instant, t: Instant) -> tuple[float, float]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def transition(self, s: Time, t: Time) -> tuple[Tensor, Tensor]: ...
+
+    def transition(self, s: Time, t: Time) -> tuple[Tensor | float, Tensor | float]:
         """Coefficients of q(x_t|x_s) = N(alpha_{t|s} x_s, var_{t|s}), s < t.
 
         alpha_{t|s} = alpha_t / alpha_s,   var_{t|s} = sigma_t^2 - alpha_{t|s}^2 sigma_s^2 = sigma_t^2 gain
         """
         (alpha_s, _), (alpha_t, sigma_t) = self(s), self(t)
-        return alpha_t / alpha_s, sigma_t.square() * self.gain(s, t)
+        return alpha_t / alpha_s, sigma_t**2 * self.gain(s, t)
 
-    def posterior_coefficients(self, s: Time, t: Time) -> tuple[Tensor, Tensor, Tensor]:
+    @overload
+    def posterior_coefficients(self, s: Instant, t: Instant) -> tuple[float, float, float]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def posterior_coefficients(self, s: Time, t: Time) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def posterior_coefficients(self, s: Time, t: Time) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
         """(c_t, c_0, var) of q(x_s|x_t, x_0) = N(c_t x_t + c_0 x_0, var), s < t.
 
         c_t = alpha_{t|s} sigma_s^2 / sigma_t^2,   c_0 = alpha_s gain,   var = sigma_s^2 gain
@@ -130,7 +191,7 @@ class Process:
         """
         (alpha_s, sigma_s), (alpha_t, sigma_t) = self(s), self(t)
         gain = self.gain(s, t)
-        return (alpha_t / alpha_s) * (sigma_s / sigma_t).square(), alpha_s * gain, sigma_s.square() * gain
+        return (alpha_t / alpha_s) * (sigma_s / sigma_t) ** 2, alpha_s * gain, sigma_s**2 * gain
 
     def posterior(self, x_t: Tensor, x_0: Tensor, s: Time, t: Time) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(x_s|x_t, x_0), s < t; see `posterior_coefficients` for the equation.
@@ -149,7 +210,7 @@ class Process:
     def marginal(self, x_0: Tensor, t: Time, rng: Rng) -> tuple[Tensor, Tensor]:
         """One draw of q(x_t|x_0): x_t = alpha_t x_0 + sigma_t eps. Returns (x_t, eps)."""
         alpha_t, sigma_t = (per_example(c, x_0) for c in self(t))
-        eps = randn(x_0.shape, rng, dtype=x_0.dtype)
+        eps = randn_like(x_0, rng)
         return alpha_t * x_0 + sigma_t * eps, eps
 
     def chain(self, T: int) -> Chain:
@@ -186,9 +247,14 @@ class Process:
         return gaussian.kl(alpha_T * x_0.double(), sigma_T.square(), zero, self.prior_var(t)).flatten(1).sum(1)
 
 
-def per_example(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A float64 scalar or (B,) coefficient, cast once to the dtype of x and shaped to broadcast over it."""
-    return coefficient.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+def per_example(coefficient: Coefficient, x: Tensor) -> Coefficient:
+    """A float64 scalar or (B,) coefficient, cast once to the dtype and device of x and shaped to broadcast over it.
+
+    A plain number stays one: it is cast where it meets x.
+    """
+    if isinstance(coefficient, float):
+        return coefficient
+    return coefficient.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
 # Schedules. Each returns a Process.

@@ -2,13 +2,15 @@
 
 A step is `(denoiser, x, t, s, memory, *, rng, **options) -> (x, memory)`. It sees the denoiser and (alpha, sigma)
 only, so every sampler works with every process and parameterization. A bare call of a sampler finishes;
-`.path(...)` yields every point on the way.
+`.path(...)` yields every point on the way. Times on the way are instants: the coefficients of a whole grid are computed
+before the first step, in float64, and meet x as plain numbers.
 
 The probability-flow ODE is written without reference to time: along it dx = x_0_hat d alpha + eps_hat d sigma
 (Song et al. 2021, 2011.13456, eq. 13, with the process's own alpha and sigma as coordinates), which holds for
 every process and has no singularity at either end.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,9 +21,9 @@ from torch import Tensor
 
 from ancestral import langevin
 from ancestral.diffusion.denoise import Denoiser, reverse
-from ancestral.diffusion.process import LOG_SNR_MIN, Process
+from ancestral.diffusion.process import LOG_SNR_MIN, Instant, Process
 from ancestral.errors import OptionError
-from ancestral.rng import Rng, Seeds, randn, streams
+from ancestral.rng import Rng, Seeds, randn_like, streams
 
 Step = Callable[..., tuple[Tensor, Any]]
 
@@ -126,27 +128,27 @@ def walk(step: Step, denoiser: Denoiser, start: Point, times: list[float], **opt
     """The loop of every sampler: `step` over neighbouring times, in either direction, without gradients."""
     point = start
     yield point
-    for t, s in pairwise(times):
+    for t, s in pairwise(denoiser.process.instants(times)):
         with torch.no_grad():
             point = Point(s, *step(denoiser, point.x, t, s, point.memory, **options))
         yield point
 
 
 def ancestral_step(
-    denoiser: Denoiser, x: Tensor, t: float, s: float, memory: None, *, rng: Rng, variance: str = "fixed-small"
+    denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng, variance: str = "fixed-small"
 ) -> tuple[Tensor, None]:
     """x_s ~ p_theta(x_s|x_t) = N(mu_theta, Sigma_theta); the last step, to the data, returns the mean.
 
     Reference: Ho et al. (2020), algorithm 2. `variance` is one of `denoise.VARIANCES`.
     """
     mean, var, _ = reverse(denoiser, x, s, t, variance)
-    if s == 0:
+    if s.sigma == 0:
         return mean, memory
-    return mean + var.sqrt() * randn(x.shape, rng, dtype=x.dtype), memory
+    return mean + var**0.5 * randn_like(x, rng), memory
 
 
 def ddim_step(
-    denoiser: Denoiser, x: Tensor, t: float, s: float, memory: None, *, rng: Rng | None = None, eta: float = 0.0
+    denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng | None = None, eta: float = 0.0
 ) -> tuple[Tensor, None]:
     """x_s = alpha_s x_0_hat + sqrt(sigma_s^2 - eta^2 beta~) eps_hat + eta sqrt(beta~) z.
 
@@ -156,42 +158,49 @@ def ddim_step(
     """
     if not 0 <= eta <= 1:
         raise OptionError(f"DDIM's eta is the share of fresh noise and lies in [0, 1], received {eta}")
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.process(t), denoiser.process(s)
     fresh = eta**2 * denoiser.process.gain(s, t)
     x_0_hat = denoiser(x, t)
-    eps_hat = (x - alpha_t.to(x.dtype) * x_0_hat) / sigma_t.to(x.dtype)
-    x = alpha_s.to(x.dtype) * x_0_hat + (sigma_s * (1 - fresh).sqrt()).to(x.dtype) * eps_hat
-    if eta == 0 or s == 0:
+    eps_hat = x.sub(x_0_hat, alpha=t.alpha) / t.sigma
+    x = (s.alpha * x_0_hat).add(eps_hat, alpha=s.sigma * (1 - fresh) ** 0.5)
+    if eta == 0 or s.sigma == 0:
         return x, memory
     if rng is None:
         raise OptionError(f"DDIM with eta = {eta} draws noise: pass rng=, one generator or one per example")
-    return x + (sigma_s * fresh.sqrt()).to(x.dtype) * randn(x.shape, rng, dtype=x.dtype), memory
+    return x.add(randn_like(x, rng), alpha=s.sigma * fresh**0.5), memory
 
 
 def euler_step(
-    denoiser: Denoiser, x: Tensor, t: float, s: float, memory: None, *, rng: Rng | None = None
+    denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng | None = None
 ) -> tuple[Tensor, None]:
     """x_s = x_t + (alpha_s - alpha_t) x_0_hat + (sigma_s - sigma_t) eps_hat, which equals DDIM with eta = 0."""
-    return _along(denoiser, x, t, s, *_slopes(denoiser, x, t)), memory
+    return _along(x, t, s, *_slopes(denoiser, x, t)), memory
 
 
 def heun_step(
-    denoiser: Denoiser, x: Tensor, t: float, s: float, memory: None, *, rng: Rng | None = None
+    denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng | None = None
 ) -> tuple[Tensor, None]:
     """Euler to s, then again from t with the mean of the slopes at both ends; Euler alone where sigma_s = 0.
 
     Reference: Karras et al. (2022), algorithm 1, in the coordinates of this module.
     """
     x_0_t, eps_t = _slopes(denoiser, x, t)
-    x_euler = _along(denoiser, x, t, s, x_0_t, eps_t)
-    if s == 0:
+    x_euler = _along(x, t, s, x_0_t, eps_t)
+    if s.sigma == 0:
         return x_euler, memory
     x_0_s, eps_s = _slopes(denoiser, x_euler, s)
-    return _along(denoiser, x, t, s, (x_0_t + x_0_s) / 2, (eps_t + eps_s) / 2), memory
+    return _along(x, t, s, (x_0_t + x_0_s) / 2, (eps_t + eps_s) / 2), memory
 
 
 def annealed_langevin_step(
-    denoiser: Denoiser, x: Tensor, t: float, s: float, memory: Any, *, rng: Rng, updates: int = 10, size: float = 0.2
+    denoiser: Denoiser,
+    x: Tensor,
+    t: Instant,
+    s: Instant,
+    memory: Any,
+    *,
+    rng: Rng,
+    updates: int = 10,
+    size: float = 0.2,
 ) -> tuple[Tensor, langevin.Chains]:
     """`updates` steps of Langevin dynamics on log q(x_t), of length size * sigma_t^2, then on to the next level.
 
@@ -201,32 +210,28 @@ def annealed_langevin_step(
     Reference: Song & Ermon (2019), algorithm 1. Two changes: between levels x is shrunk to the spread of unit-variance
     data at the next one, and the closing denoising step is from Jolicoeur-Martineau et al. (2021).
     """
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.process(t), denoiser.process(s)
     chains = langevin.ula(
         lambda flat: denoiser.score(flat.reshape(x.shape), t).flatten(1),
         x.flatten(1),
-        size * float(sigma_t) ** 2,
+        size * t.sigma**2,
         updates,
         rng=rng,
     )
     x = chains.samples[-1].reshape(x.shape)
-    if s == 0:
+    if s.sigma == 0:
         return denoiser(x, t), chains
-    shrink = (alpha_s.square() + sigma_s.square()).sqrt() / (alpha_t.square() + sigma_t.square()).sqrt()
-    return shrink.to(x.dtype) * x, chains
+    return math.hypot(s.alpha, s.sigma) / math.hypot(t.alpha, t.sigma) * x, chains
 
 
-def _slopes(denoiser: Denoiser, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+def _slopes(denoiser: Denoiser, x: Tensor, t: Instant) -> tuple[Tensor, Tensor]:
     """(x_0_hat, eps_hat): what x gains per unit of alpha and of sigma along the probability-flow ODE."""
-    alpha_t, sigma_t = (c.to(x.dtype) for c in denoiser.process(t))
     x_0_hat = denoiser(x, t)
-    return x_0_hat, (x - alpha_t * x_0_hat) / sigma_t
+    return x_0_hat, x.sub(x_0_hat, alpha=t.alpha) / t.sigma
 
 
-def _along(denoiser: Denoiser, x: Tensor, t: float, s: float, x_0_hat: Tensor, eps_hat: Tensor) -> Tensor:
+def _along(x: Tensor, t: Instant, s: Instant, x_0_hat: Tensor, eps_hat: Tensor) -> Tensor:
     """x + (alpha_s - alpha_t) x_0_hat + (sigma_s - sigma_t) eps_hat."""
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = denoiser.process(t), denoiser.process(s)
-    return x + (alpha_s - alpha_t).to(x.dtype) * x_0_hat + (sigma_s - sigma_t).to(x.dtype) * eps_hat
+    return x.add(x_0_hat, alpha=s.alpha - t.alpha).add(eps_hat, alpha=s.sigma - t.sigma)
 
 
 ancestral = Sampler(ancestral_step, order=None, stochastic=True)

@@ -16,6 +16,7 @@ from ancestral.diffusion.model import Diffusion
 from ancestral.errors import DataError
 from ancestral.measure import baselines
 from ancestral.rng import stream
+from ancestral.training.processes import ALONE, Processes
 
 DRAWS = 20
 """Middle terms of the bound drawn per example, unless all are asked for."""
@@ -67,6 +68,19 @@ class Margins(BaseModel):
     gaussian: Margin
 
 
+class Averaged(BaseModel):
+    """The bound under one average of the weights.
+
+    `length` is relative to the run; `residual` is the relative error of its profile, as it was made from snapshots.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    length: float
+    residual: float
+    likelihood: Likelihood
+
+
 class Evaluation(BaseModel):
     """The one object that `ancestral evaluate --json` prints.
 
@@ -91,6 +105,7 @@ class Evaluation(BaseModel):
     n_evaluations: int = Field(description="of the network, over all examples")
     seconds: float
     artifacts: dict[str, str]
+    ema: list[Averaged] | None = Field(None, description="the averages of the weights that were asked for")
 
     @property
     def likelihood(self) -> Likelihood:
@@ -164,8 +179,11 @@ def evaluate(
     draws: int | None = DRAWS,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
+    group: Processes = ALONE,
 ) -> Measured:
     """The bound on held-out examples and the baselines on the same ones.
+
+    Several processes divide batches among them that are the same whatever their number.
 
     Args:
         model: trained.
@@ -174,6 +192,7 @@ def evaluate(
         draws: middle terms per example, at most; None for all steps of the chain.
         seed: of the noise: example i has its own stream, whatever the batch.
         progress: told (what, done, of).
+        group: the processes that measure together; each of them returns the whole.
 
     Raises:
         DataError: if the data is not of the shape and levels that the model was made for, or has too few examples.
@@ -192,15 +211,16 @@ def evaluate(
         )
     draws = model.chain - 1 if draws is None else min(draws, model.chain - 1)
     batch = max(1, min(BATCH, EVALUATIONS // draws))
-    began, parts = time.perf_counter(), []
-    for start in range(0, len(held_out), batch):
+    began, parts, starts = time.perf_counter(), {}, range(0, len(held_out), batch)
+    for start in starts[group.rank :: group.count]:
         rows = held_out[start : start + batch]
-        parts.append(model.bound(rows, rng=seed, start=start, draws=draws))
+        parts[start] = model.bound(rows, rng=seed, start=start, draws=draws)
         if progress:
             progress("measuring the bound", start + len(rows), len(held_out))
+    measured = {start: bound for part in group.gathered(parts) for start, bound in part.items()}
     return Measured(
         facts,
-        Bound.join(parts),
+        Bound.join([measured[start] for start in starts]),
         baselines.independent_pixels(data, held_out),
         baselines.full_gaussian(data, held_out),
         time.perf_counter() - began,

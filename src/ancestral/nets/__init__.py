@@ -1,6 +1,7 @@
-"""Networks: tensors in, tensors out. They know nothing of processes, data or families."""
+"""Networks: they know tensors and log-SNRs, and nothing of processes, families or data."""
 
+from ancestral.nets.dit import DiT
 from ancestral.nets.mlp import MLP
 from ancestral.nets.unet import UNet
 
-__all__ = ["MLP", "UNet"]
+__all__ = ["MLP", "DiT", "UNet"]

@@ -3,47 +3,40 @@
 Shapes: B batch, C channels, H height, W width.
 """
 
-from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ancestral.errors import unknown
 from ancestral.nets.blocks import (
     Attention,
     LevelPhases,
     NoiseEmbedding,
     ResidualBlock,
     ResidualStack,
-    channel_norm,
+    modulated_norm,
     zeroed,
 )
-
-PRECISIONS = ("auto", "float32", "bfloat16")
-
-
-@cache
-def has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; asked of the CPU, not guessed."""
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
+from ancestral.nets.precision import lowered
 
 
 class UNet(nn.Module):
-    """Residual blocks at falling resolutions and back, each resolution joined across; attention at the lowest.
+    """Residual blocks at falling resolutions and back, what was met on the way down added on the way up.
 
-    A side is halved rounding up, and brought back to exactly what it was, so no side is special.
+    A side is halved by averaging, rounding up, and brought back to exactly what it was by repetition, so no side is
+    special; channels change in the first block of a level, and by a 1x1 convolution on the way up, before the side
+    grows. One linear layer gives the modulation of every block. docs/results/blocks.md has what else was tried.
 
     Args:
         channels: of the image.
-        width: channels of the first level.
-        multipliers: width of each level, in units of `width`; every level after the first halves the side.
+        width: channels of the first level, if its multiplier is 1.
+        multipliers: channels of each level, in units of `width`; every level after the first halves the side.
         blocks: residual blocks per level, each way.
         levels: of the data, whose phases are added to the input; None for real-valued data.
         octaves: how many, see `LevelPhases`.
         attention: whether the lowest level attends over its pixels.
-        precision: "float32", "bfloat16" (weights stay float32), or "auto": bfloat16 where the CPU has it.
+        precision: "float32", "bfloat16" (weights stay float32), or "auto": bfloat16 where the hardware has it.
 
     Raises:
         OptionError: if the precision is unknown.
@@ -65,41 +58,40 @@ class UNet(nn.Module):
         precision: str = "auto",
     ) -> None:
         super().__init__()
-        if precision not in PRECISIONS:
-            raise unknown("precision", precision, PRECISIONS)
-        self.lowered = precision == "bfloat16" or (precision == "auto" and has_bfloat16())
+        self.lowered = lowered(precision)
         features, widths = 4 * width, [width * m for m in multipliers]
         self.embedding = NoiseEmbedding(features)
         self.phases = LevelPhases(levels, octaves) if levels else None
-        self.enter = nn.Conv2d(channels * (1 + 2 * octaves if levels else 1), width, 3, padding=1)
-        self.shrink, self.down, self.up, self.grow = (nn.ModuleList() for _ in range(4))
-        for level, (above, here) in enumerate(zip([width, *widths[:-1]], widths, strict=True)):
-            first = level == 0 and above == here  # nothing to change on the way in
-            self.shrink.append(nn.Identity() if first else nn.Conv2d(above, here, 3, stride=1 + (level > 0), padding=1))
-            self.down.append(ResidualStack(here, here, features, blocks))
-            self.up.append(ResidualStack(2 * here, here, features, blocks))
-            self.grow.append(nn.Identity() if first else nn.Conv2d(here, above, 3, padding=1))
+        self.enter = nn.Conv2d(channels * (1 + 2 * octaves if levels else 1), widths[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            ResidualStack(above, here, blocks) for above, here in zip([widths[0], *widths[:-1]], widths, strict=True)
+        )
         self.attend = Attention(widths[-1]) if attention else nn.Identity()
-        self.middle = ResidualBlock(widths[-1], widths[-1], features)
-        self.leave = zeroed(nn.Conv2d(width, channels, 3, padding=1))
+        self.middle = ResidualBlock(widths[-1], widths[-1])
+        self.up = nn.ModuleList(ResidualStack(here, here, blocks) for here in reversed(widths))
+        self.grow = nn.ModuleList(nn.Conv2d(b, a, 1, bias=False) for b, a in pairwise(reversed(widths)))
+        self.leave = zeroed(nn.Conv2d(widths[0], channels, 3, padding=1))
+        in_turn = [block.channels for block in self.modules() if isinstance(block, ResidualBlock)]
+        self.shares = [2 * channels for channels in [*in_turn, widths[0]]]
+        self.modulation = zeroed(nn.Linear(features, sum(self.shares)))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x_BCHW: Tensor, log_snr: Tensor) -> Tensor:
         """(B, C, H, W), (B,) -> (B, C, H, W), float32."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.lowered):
-            embedding = self.embedding(log_snr)
+        with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=self.lowered):
+            modulations = iter(self.modulation(self.embedding(log_snr)).split(self.shares, 1))
             if self.phases:
                 x_BCHW = self.phases(x_BCHW, log_snr)
             h = self.enter(x_BCHW.contiguous(memory_format=torch.channels_last))
-            across = []
-            for shrink, down in zip(self.shrink, self.down, strict=True):
-                h = down(shrink(h), embedding)
+            across: list[Tensor] = []
+            for down in self.down:
+                h = down(F.avg_pool2d(h, 2, ceil_mode=True) if across else h, modulations)
                 across.append(h)
-            h = self.middle(self.attend(h), embedding)
-            for level in reversed(range(len(across))):
-                h = self.up[level](torch.cat([h, across[level]], 1), embedding)
+            h = self.middle(self.attend(h), next(modulations))
+            for level, up in enumerate(self.up):
+                there = across.pop()
                 if level:
-                    h = F.interpolate(h, size=across[level - 1].shape[2:], mode="nearest")
-                h = self.grow[level](h)
-            out = self.leave(F.silu(channel_norm(h)))
+                    h = F.interpolate(self.grow[level - 1](h), size=there.shape[2:], mode="nearest")
+                h = up(h.add_(there), modulations)
+            out = self.leave(F.relu_(modulated_norm(h, next(modulations))))
         return out.float()

@@ -1,5 +1,5 @@
 """Training: the loop, its checkpoints, and recipes that set up a family for a data set."""
 
-from ancestral.training import checkpoint, loop, recipes, run
+from ancestral.training import checkpoint, loop, processes, recipes, run, start
 
-__all__ = ["checkpoint", "loop", "recipes", "run"]
+__all__ = ["checkpoint", "loop", "processes", "recipes", "run", "start"]

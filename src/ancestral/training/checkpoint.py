@@ -1,183 +1,319 @@
-"""Checkpoints: a directory of safetensors and JSON that appears whole or not at all, and is verified when read.
+"""Checkpoints: folders of safetensors and JSON that appear whole or not at all, and are verified when read.
 
-    CHECKPOINT/
-      weights.safetensors    the averaged weights, which are sampled and measured
-      model.json             step, set-up and facts of the data: everything needed to rebuild the model
-      manifest.json          size and SHA-256 of every other file
-
-Files are written under a temporary name beside the target, flushed to the disk, and the directory is renamed last.
+RUN/checkpoints/step-*/
+  weights.safetensors    the averaged weights, which are sampled and measured
+  state.safetensors      everything a step hands to the next: weights, averages, the optimiser's moments
+  model.json             step, held-out loss, set-up and facts of the data
+  manifest.json          size and SHA-256 of every other file
+RUN/final/               the same without state.safetensors, with a README.md
+RUN/averages/step-*/     averages of the weights of two lengths, from which any other is made: see `average`
 """
 
-import errno
-import hashlib
 import json
-import os
+import re
 import shutil
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ancestral.data import Facts
 from ancestral.diffusion.model import Diffusion
-from ancestral.errors import NoSpace, OptionError, RunError
-from ancestral.training import recipes
+from ancestral.errors import OptionError, RunError, RunWarning
+from ancestral.training import average, durable, recipes
+from ancestral.training.average import LENGTHS
+from ancestral.training.loop import State, average_key, under
 from ancestral.training.recipes import Setup
 
-WEIGHTS, MODEL, MANIFEST = "weights.safetensors", "model.json", "manifest.json"
+Tensors = Mapping[str, Tensor]
+
+WEIGHTS, STATE, MODEL = "weights.safetensors", "state.safetensors", "model.json"
 
 
-def write_json(path: Path, record: Any) -> None:
-    """Write JSON so that the file is either the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        _write(temporary, json.dumps(record, indent=2).encode() + b"\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush(path.parent)
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read.
+
+    Attributes:
+        path: its folder.
+        step: how many steps were done.
+        setup: how the model was made.
+        facts: of the data it was made for.
+        model: with the averaged weights.
+        held_out: loss on held-out examples, if it was measured.
+        ema: length of the average that the weights are, relative to the run.
+        residual: relative error of the average's profile over the steps; 0 for one that was kept while training.
+    """
+
+    path: Path
+    step: int
+    setup: Setup
+    facts: Facts
+    model: Diffusion
+    held_out: float | None
+    ema: float
+    residual: float = 0.0
 
 
-def save_checkpoint(
-    path: Path, modules: Mapping[str, nn.Module], setup: Setup, facts: Facts, step: int, readme: str | None = None
-) -> Path:
-    """Write a checkpoint of every player's weights to `path`, which must not exist, and return the path.
+def save(path: Path, tensors: Tensors, setup: Setup, facts: Facts, step: int, held_out: float | None = None) -> Path:
+    """Write a checkpoint from which a run goes on to the bit, and return its path.
 
-    A readme goes beside the files and not into the manifest: it may be edited.
+    Args:
+        path: of its folder.
+        tensors: what `State.tensors` gave.
+        setup: how the model was made.
+        facts: of the data.
+        step: how many steps are done.
+        held_out: loss on held-out examples, if it was measured.
 
     Raises:
-        NoSpace: if the disk is full; nothing is left behind.
+        NoSpace: if the disk is full; nothing is left behind, and what was there is kept.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model = {"step": step, "setup": setup.model_dump(mode="json"), "facts": facts.model_dump(mode="json")}
-    tensors = {
-        f"{player}.{name}": tensor.contiguous()
-        for player, module in modules.items()
-        for name, tensor in module.state_dict().items()
-    }
-    files = {WEIGHTS: save(tensors), MODEL: json.dumps(model, indent=2).encode() + b"\n"}
-    manifest = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    try:
-        temporary.mkdir(parents=True)
-        files[MANIFEST] = json.dumps(manifest, indent=2).encode() + b"\n"
-        if readme:
-            files["README.md"] = readme.encode()
-        for name, data in files.items():
-            _write(temporary / name, data)
-        _flush(temporary)
-        temporary.rename(path)
-        _flush(path.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
-            raise NoSpace(f"{path}: no space left on the disk; earlier checkpoints beside it are whole") from None
-        raise
-    return path
+    files = {**_model_files(tensors, setup, facts, step, held_out), STATE: _tensors(tensors)}
+    return durable.write_folder(path, files)
+
+
+def save_final(path: Path, tensors: Tensors, setup: Setup, facts: Facts, step: int, readme: str) -> Path:
+    """Write the model of a finished run; its readme may be edited, so it is not in the manifest.
+
+    Raises:
+        NoSpace: if the disk is full.
+    """
+    files = _model_files(tensors, setup, facts, step, None)
+    return durable.write_folder(path, files, unlisted={"README.md": lambda file: _text(file, readme)})
+
+
+def save_averages(run: Path, tensors: Tensors, step: int) -> Path:
+    """Write the averages of a step, from which `open_run` makes any other later."""
+    files = {_average_name(length): _tensors(_averages(tensors, length)) for length in LENGTHS}
+    return durable.write_folder(folder(run, "averages", step), files)
+
+
+def averaged(tensors: Tensors, setup: Setup, facts: Facts) -> Diffusion:
+    """The model with the averaged weights of a training state."""
+    model = recipes.build(setup, facts)
+    for name, player in model.players().items():
+        player.module.load_state_dict(under(tensors, average_key(name, setup.training.ema)))
+    return model.eval().requires_grad_(False)
 
 
 def load(run: str | Path) -> Diffusion:
     """The model of a run: its final weights, or its newest checkpoint when it has not finished; or a checkpoint itself.
 
+    What is damaged is passed over for the newest checkpoint that verifies, with a warning; a checkpoint that is named
+    itself has to be whole.
+
     Args:
-        run: a run directory, or a checkpoint directory inside one.
+        run: a run directory, or a checkpoint inside one.
 
     Raises:
-        RunError: if there is no run or it is damaged, naming the file and what to load instead.
+        RunError: if there is no run or nothing in it is whole, naming the file and what to load instead.
     """
-    return load_with_setup(run)[0]
+    return open_run(run).model
 
 
-def load_with_setup(run: str | Path) -> tuple[Diffusion, Setup, Path]:
-    """The model, its set-up, and the checkpoint directory that was read; see `load`."""
-    path = find(Path(run))
-    _verify(path)
+def open_run(run: str | Path, ema: float | None = None) -> Saved:
+    """The checkpoint that stands for a run, as `load` finds it, with an average of the weights of any length.
+
+    Args:
+        run: a run directory, or a checkpoint inside one.
+        ema: length of the average, relative to the steps done; by default the one the run was trained with.
+
+    Raises:
+        RunError: as `load` does, and if the run kept no averages to make another from.
+        OptionError: if the length is outside what a power function can have.
+    """
+    saved = read(find(Path(run)))
+    return saved if ema is None or ema == saved.ema else _synthesised(saved, ema)
+
+
+def read(path: Path) -> Saved:
+    """A checkpoint that has been verified.
+
+    Raises:
+        RunError: if another version of this program wrote it.
+    """
     try:
         record = json.loads((path / MODEL).read_bytes())
         setup, facts = recipes.read(record["setup"]), Facts.model_validate(record["facts"])
         model = recipes.build(setup, facts)
         tensors = load_file(path / WEIGHTS)
         for name, player in model.players().items():
-            own = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
-            player.module.load_state_dict({key.removeprefix(f"{name}."): tensor for key, tensor in own.items()})
+            player.module.load_state_dict(under(tensors, f"{name}."))
+        return Saved(path, record["step"], setup, facts, model.eval(), record["held_out"], setup.training.ema)
     except (KeyError, ValueError, ValidationError, OptionError, SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"{path}: written by another version of this program and cannot be read ({reason})") from None
-    return model.eval(), setup, path
+        raise _foreign(path, error) from None
+
+
+def _synthesised(saved: Saved, length: float) -> Saved:
+    """The same model with an average of another length, made from the averages that were kept."""
+    run = run_of(saved.path)
+    names = {_average_name(kept) for kept in LENGTHS}
+    folders = [path for path in _steps(run / "averages") if step_of(path) <= saved.step]
+    whole = [path for path in folders if durable.fault(path, names) is None]
+    if not whole:
+        raise RunError(
+            f"{run / 'averages'}: holds no averages of the weights up to step {saved.step}, so one of length "
+            f"{length:g} cannot be made; leave --ema out, or train with training.snapshots above 0"
+        )
+    kept = [(step_of(path), each) for path in whole for each in LENGTHS]
+    coefficients, residual = average.coefficients(kept, saved.step, length)
+    files = (load_file(path / _average_name(each)) for path in whole for each in LENGTHS)
+    tensors = average.synthesise(files, coefficients)
+    for name, player in saved.model.players().items():
+        player.module.load_state_dict(under(tensors, f"{name}."))
+    return replace(saved, ema=length, residual=residual)
+
+
+def restore(path: Path, state: State) -> int:
+    """Bring a training state to where a checkpoint left it, and return the step.
+
+    Raises:
+        RunError: if another version of this program wrote it.
+    """
+    try:
+        state.restore(load_file(path / STATE))
+        return int(json.loads((path / MODEL).read_bytes())["step"])
+    except (KeyError, ValueError, SafetensorError, RuntimeError) as error:
+        raise _foreign(path, error) from None
 
 
 def find(run: Path) -> Path:
-    """The checkpoint directory that stands for a run.
+    """The checkpoint that stands for a run, verified: the final one, else the newest that is whole.
 
     Raises:
-        RunError: if there is none.
+        RunError: if there is none, or the checkpoint that was named is damaged.
     """
     if not run.is_dir():
         raise RunError(f"{run}: there is no such run directory; 'ancestral train DATA --to {run}' makes one")
-    candidates = [run, run / "final", *reversed(checkpoints(run))]
-    for path in candidates:
-        if (path / MANIFEST).is_file():
-            return path
-    if (run / "run.json").is_file():
-        raise RunError(f"{run}: the run was stopped before its first checkpoint, so there is no model yet; train again")
-    raise RunError(f"{run}: not a run directory, it holds no checkpoint; name one made by 'train'")
+    if not (run / "run.json").is_file():
+        if not (run / MODEL).is_file() and not (run / durable.MANIFEST).is_file():
+            raise RunError(f"{run}: not a run directory, it holds no checkpoint; name one made by 'train'")
+        if fault := durable.fault(run, {WEIGHTS, MODEL}):
+            others = [path for path in checkpoints(run_of(run)) if path != run]
+            raise RunError(f"{fault}; {_remedy(_newest_whole(others, {WEIGHTS, MODEL}, warn=False))}")
+        return run
+    final = [run / "final"] if (run / "final").is_dir() else []
+    found = _newest_whole([*checkpoints(run), *final], {WEIGHTS, MODEL})
+    if found is None:
+        raise RunError(f"{run}: none of its checkpoints is whole; {_remedy(None)}")
+    return found
+
+
+def newest(run: Path) -> Path:
+    """The newest checkpoint of a run that is whole, from which training goes on.
+
+    Raises:
+        RunError: if there is none: a run is never started again in the place of one that is lost.
+    """
+    found = _newest_whole(checkpoints(run), {WEIGHTS, MODEL, STATE})
+    if found is None:
+        raise RunError(
+            f"{run / 'checkpoints'}: holds no checkpoint that is whole, so the run cannot go on; restore one from a "
+            "copy, or train anew with another --to"
+        )
+    return found
 
 
 def run_of(path: Path) -> Path:
-    """The run that a checkpoint directory belongs to, or the run itself."""
+    """The run that a checkpoint belongs to, or the run itself."""
     if path.name == "final":
         return path.parent
     return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints of a run."""
-    for path in checkpoints(run)[:-keep]:
-        shutil.rmtree(path)
-
-
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    return _steps(run / "checkpoints")
 
 
-def _verify(path: Path) -> None:
-    """Compare every file with the manifest."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        entries = [(path / name, entry["size"], entry["sha256"]) for name, entry in manifest.items()]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise RunError(f"{path / MANIFEST}: damaged, the checkpoint cannot be trusted; {_remedy(path)}") from None
-    if {file.name for file, _, _ in entries} != {WEIGHTS, MODEL}:
-        raise RunError(f"{path / MANIFEST}: damaged, it does not list the files of a checkpoint; {_remedy(path)}")
-    for file, size, digest in entries:
-        if not file.is_file():
-            raise RunError(f"{file}: missing; {_remedy(path)}")
-        data = file.read_bytes()
-        if len(data) != size or hashlib.sha256(data).hexdigest() != digest:
-            raise RunError(f"{file}: does not match its checksum, it was changed or damaged; {_remedy(path)}")
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints of a run and the one with the least held-out loss."""
+    found = checkpoints(run)
+    losses = {path: json.loads((path / MODEL).read_bytes())["held_out"] for path in found}
+    measured = {path: loss for path, loss in losses.items() if loss is not None}
+    best = min(measured, key=lambda path: measured[path], default=None)
+    for path in found[:-keep]:
+        if path != best:
+            shutil.rmtree(path)
 
 
-def _remedy(path: Path) -> str:
-    others = [other for other in checkpoints(run_of(path)) if other != path]
-    return f"{others[-1]} can be used in its place" if others else "train again, or restore it from a copy"
+def put_aside(run: Path, after: int) -> None:
+    """Rename the checkpoints beyond a step, which are damaged, so that they are no longer taken for checkpoints."""
+    for path in checkpoints(run):
+        if step_of(path) > after:
+            path.rename(path.with_name(f"damaged-{path.name}"))
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def step_of(path: Path) -> int:
+    """The step in the name of a folder."""
+    return int(path.name.removeprefix("step-"))
 
 
-def _flush(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def folder(run: Path, kind: str, step: int) -> Path:
+    """RUN/KIND/step-0000000."""
+    return run / kind / f"step-{step:07d}"
+
+
+def _model_files(
+    tensors: Tensors, setup: Setup, facts: Facts, step: int, held_out: float | None
+) -> dict[str, durable.Writer]:
+    record = {
+        "step": step,
+        "held_out": held_out,
+        "setup": setup.model_dump(mode="json"),
+        "facts": facts.model_dump(mode="json"),
+    }
+    return {
+        WEIGHTS: _tensors(_averages(tensors, setup.training.ema)),
+        MODEL: lambda file: _text(file, json.dumps(record, indent=2) + "\n"),
+    }
+
+
+def _averages(tensors: Tensors, length: float) -> dict[str, Tensor]:
+    """Every player's averaged weights as PLAYER.NAME."""
+    players = dict.fromkeys(key.partition("/")[0] for key in tensors)
+    return {
+        f"{name}.{key}": value for name in players for key, value in under(tensors, average_key(name, length)).items()
+    }
+
+
+def _average_name(length: float) -> str:
+    return f"{length:g}.safetensors"
+
+
+def _tensors(tensors: Tensors) -> durable.Writer:
+    return lambda file: save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+
+
+def _text(file: Path, text: str) -> None:
+    file.write_text(text)
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
+def _newest_whole(candidates: list[Path], needed: set[str], warn: bool = True) -> Path | None:
+    """The last of the candidates that verifies, saying which were passed over."""
+    for path in reversed(candidates):
+        fault = durable.fault(path, needed)
+        if fault is None:
+            return path
+        if warn:
+            warnings.warn(f"{fault}; an earlier checkpoint is used in its place", RunWarning, stacklevel=4)
+    return None
+
+
+def _remedy(other: Path | None) -> str:
+    return f"{other} can be used in its place" if other else "train again, or restore it from a copy"
+
+
+def _foreign(path: Path, error: Exception) -> RunError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return RunError(f"{path}: written by another version of this program and cannot be read ({reason})")

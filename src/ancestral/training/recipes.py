@@ -6,6 +6,7 @@ flags to be loaded again.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -15,7 +16,7 @@ from ancestral.data import Facts
 from ancestral.diffusion import process as processes
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError, unknown
-from ancestral.nets import MLP, UNet
+from ancestral.nets import MLP, DiT, UNet
 from ancestral.training.loop import TrainingSection
 
 
@@ -53,6 +54,18 @@ class UNetSection(Section):
     precision: str = "auto"
 
 
+class DiTSection(Section):
+    """Keywords of `DiT`; its channels and levels come from the data, its classes when `labels` are to be learnt."""
+
+    width: int = Field(256, ge=4)
+    depth: int = Field(6, ge=1)
+    heads: int = Field(4, ge=1)
+    patch: int = Field(4, ge=1)
+    labels: bool = False
+    octaves: int = Field(3, ge=0)
+    precision: str = "auto"
+
+
 class MLPSection(Section):
     """Keywords of `MLP`; its shape comes from the data."""
 
@@ -67,6 +80,7 @@ class Setup(Section):
     process: ProcessSection = ProcessSection()
     diffusion: DiffusionSection = DiffusionSection()
     unet: UNetSection | None = None
+    dit: DiTSection | None = None
     mlp: MLPSection | None = None
     training: TrainingSection = TrainingSection()
 
@@ -87,14 +101,12 @@ def digits(facts: Facts) -> Setup:
 
 
 def images(facts: Facts) -> Setup:
-    """Images of any channel count and side; the resolution is halved until it is about 8."""
-    side = max(facts.shape[1:])
-    levels = 1 + sum(side > limit for limit in (10, 20, 40, 80))
+    """Images of any channel count and side, on the small network."""
     return Setup(
         recipe="images",
         process=ProcessSection(options={"offset": 0.0}),
         diffusion=diffusion(facts),
-        unet=UNetSection(width=32 if side <= 40 else 24, multipliers=(1, 2, 2, 4, 4)[: max(2, levels)]),
+        unet=unet("small", facts),
         training=TrainingSection(minutes=10.0, batch=64),
     )
 
@@ -109,14 +121,41 @@ def vectors(facts: Facts) -> Setup:
     )
 
 
+SIZES = ("tiny", "small", "base")
+
+
+def unet(size: str, facts: Facts) -> UNetSection:
+    """A U-Net whose resolution is halved until it is about 8."""
+    side = max(facts.shape[1:])
+    levels = max(2, 1 + sum(side > limit for limit in (10, 20, 40, 80)))
+    width, multipliers, blocks = {
+        "tiny": (16, (1, 2, 2, 4, 4), 3),
+        "small": (32, (1, 2, 2, 4, 4), 3),
+        "base": (64, (1, 2, 2, 4, 4), 4),
+    }[size]
+    return UNetSection(width=width if side <= 40 else width * 3 // 4, multipliers=multipliers[:levels], blocks=blocks)
+
+
+def dit(size: str, facts: Facts) -> DiTSection:
+    """A transformer over about 8 patches a side, in heads of 64 features."""
+    width, depth = {"tiny": (128, 4), "small": (256, 6), "base": (384, 10)}[size]
+    return DiTSection(width=width, depth=depth, heads=width // 64, patch=max(1, round(max(facts.shape[1:]) / 8)))
+
+
+PRESETS: dict[str, Callable[[Facts], UNetSection | DiTSection]] = {
+    **{size: partial(unet, size) for size in SIZES},
+    **{f"dit-{size}": partial(dit, size) for size in SIZES},
+}
+"""Networks by name, for images of any shape."""
+
 RECIPES: dict[str, Callable[[Facts], Setup]] = {"digits": digits, "images": images, "vectors": vectors}
 
 
-def choose(facts: Facts, name: str | None = None) -> Setup:
-    """The recipe of that name, or the one for data of this shape.
+def choose(facts: Facts, name: str | None = None, preset: str | None = None) -> Setup:
+    """The recipe of that name, or the one for data of this shape; with the network of a preset in place of its own.
 
     Raises:
-        OptionError: if there is no recipe of that name, or it is for images and the data is not.
+        OptionError: if there is no recipe or preset of that name, or it is for images and the data is not.
     """
     picture = len(facts.shape) == 3
     if name is None:
@@ -125,7 +164,16 @@ def choose(facts: Facts, name: str | None = None) -> Setup:
         raise unknown("recipe", name, RECIPES)
     if name != "vectors" and not picture:
         raise OptionError(f"recipe {name!r} is for images, but {facts.name} has shape {facts.shape}: use 'vectors'")
-    return RECIPES[name](facts)
+    setup = RECIPES[name](facts)
+    if preset is None:
+        return setup
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    if name == "vectors":
+        raise OptionError(f"preset {preset!r} is a network for images, but recipe 'vectors' has an MLP: leave it out")
+    net = PRESETS[preset](facts)
+    chosen = {"unet": net, "dit": None} if isinstance(net, UNetSection) else {"unet": None, "dit": net}
+    return setup.model_copy(update=chosen)
 
 
 def change(setup: Setup, changes: Sequence[str]) -> Setup:
@@ -182,6 +230,12 @@ def build(setup: Setup, facts: Facts, seed: int = 0) -> Diffusion:
         torch.manual_seed(seed)
         if setup.unet:
             net: torch.nn.Module = UNet(facts.shape[0], levels=facts.levels, **setup.unet.model_dump())
+        elif setup.dit:
+            keywords = setup.dit.model_dump(exclude={"labels"})
+            if setup.dit.labels and not facts.classes:
+                raise OptionError(f"dit.labels = true, but {facts.name} has no labels: leave it out")
+            classes = len(facts.classes or ()) if setup.dit.labels else None
+            net = DiT(facts.shape[0], classes=classes, levels=facts.levels, **keywords)
         else:
             net = MLP(facts.shape, **(setup.mlp or MLPSection()).model_dump())
     return Diffusion(net, forward, facts, **setup.diffusion.model_dump())
