@@ -207,6 +207,18 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_the_end_is_the_same
     assert (newest.parent / f"damaged-{newest.name}").is_dir()
 
 
+def test_an_old_checkpoint_that_is_damaged_does_not_stop_the_run(tmp_path):
+    finish(begin(tmp_path / "whole"))
+    made = begin(tmp_path / "run")
+    steps = made.steps()
+    while next(steps).step < 8:
+        pass
+    steps.close()
+    damage(checkpoint.folder(tmp_path / "run", "checkpoints", 4) / checkpoint.MODEL, "truncate")
+    finish(begin(tmp_path / "run"))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
 def damage(file: Path, harm: str) -> None:
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1

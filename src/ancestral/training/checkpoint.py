@@ -235,12 +235,20 @@ def checkpoints(run: Path) -> list[Path]:
 def prune(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints of a run and the one with the least held-out loss."""
     found = checkpoints(run)
-    losses = {path: json.loads((path / MODEL).read_bytes())["held_out"] for path in found}
-    measured = {path: loss for path, loss in losses.items() if loss is not None}
-    best = min(measured, key=lambda path: measured[path], default=None)
+    losses = {path: loss for path in found if (loss := _held_out(path)) is not None}
+    best = min(losses, key=lambda path: losses[path], default=None)
     for path in found[:-keep]:
         if path != best:
             shutil.rmtree(path)
+
+
+def _held_out(path: Path) -> float | None:
+    """The held-out loss of a checkpoint, if it was measured and can be read."""
+    try:
+        loss: float | None = json.loads((path / MODEL).read_bytes())["held_out"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return loss
 
 
 def put_aside(run: Path, after: int) -> None:

@@ -25,7 +25,7 @@ from ancestral.training.processes import ALONE, Processes, apart, laid_out_as, w
 PURPOSES = {"batch": 1, "noise": 2, "flip": 3, "held out": 4}
 """Streams that one seed is divided into."""
 
-HELD_OUT = 1024
+HELD_OUT = 512
 """Examples whose loss is followed while training, at most."""
 
 

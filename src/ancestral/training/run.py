@@ -92,7 +92,7 @@ class Run:
         schedule = _Schedule.of(self.setup)
         try:
             rows = self._rewind() if first else []
-            if first:
+            if first and self.done < self.total:
                 self.record["sessions"].append(self._session())
                 self._status("training")
             records = loop.steps(self.state, self.data, self.total, seed=self.seed, start=self.done, stop=stop)
@@ -114,6 +114,10 @@ class Run:
             reason = f"{error}; {good} is the last good checkpoint"
             self._status("diverged", steps=step, reason=reason)
             raise Diverged(reason) from None
+        except KeyboardInterrupt:
+            with suppress(OSError, NoSpace):
+                self._status("stopped", steps=step)
+            raise
         except BaseException as error:
             with suppress(OSError, NoSpace):
                 self._status("failed", steps=step, reason=str(error) or type(error).__name__)
