@@ -78,23 +78,24 @@ def train(
         if on_bad not in (None, "skip", "fail"):
             raise unknown("--on-bad", on_bad, ("skip", "fail"))
         every = [] if checkpoint_every is None else [f"training.checkpoint_every={checkpoint_every}"]
-        options: dict[str, Any] = {
-            "minutes": minutes,
-            "steps": steps,
-            "seed": seed,
-            "size": size,
-            "recipe": recipe,
-            "preset": preset,
-            "changes": [*(changes or []), *every],
-            "on_bad": on_bad,
-            "argv": ["ancestral", *sys.argv[1:]],
-        }
+        wishes = start.Wishes(
+            minutes=minutes,
+            steps=steps,
+            seed=seed,
+            size=size,
+            recipe=recipe,
+            preset=preset,
+            changes=[*(changes or []), *every],
+            on_bad=None if on_bad is None else "fail" if on_bad == "fail" else "skip",
+        )
+        argv = ["ancestral", *sys.argv[1:]]
         with _signals() as asked, processes.join() as group, Progress(quiet=not group.first) as progress:
-            options |= {"group": group, "progress": progress.update}
             if dry_run:
-                _print_plan(start.plan(_given(data, resume, to), measure=True, **options), as_json, group)
+                about = _given(data, resume, to)
+                planned = start.plan(about, group=group, progress=progress.update, measure=True, **wishes)
+                _print_plan(planned, as_json, group)
                 return
-            run = start.prepare(data, to=to, resume=resume, **options)
+            run = start.prepare(data, to=to, resume=resume, argv=argv, group=group, progress=progress.update, **wishes)
             say = _Sayer(as_json, run, quiet=not group.first)
             parameters = sum(p.numel() for p in run.model.parameters())
             say(run.data.description)

@@ -121,23 +121,19 @@ def _means(x_BCHW: Tensor) -> Tensor:
 
 
 class _ModulatedNorm(torch.autograd.Function):
-    """With norm(x) = r (x - m) and a = 1 + scale: out = A x + S, A = a r, S = shift - m A.
-
-    A product that was only needed for its sum gives its memory to the result.
-    """
+    """With norm(x) = r (x - m) and a = 1 + scale: out = A x + S, A = a r, S = shift - m A."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         B, C, _, _ = x.shape
-        out = x * x
         m = _means(x)
-        r = (_means(out) - m * m).clamp(min=0).add(1e-5).rsqrt()
+        r = (_means(x * x) - m * m).clamp(min=0).add(1e-5).rsqrt()
         a = 1 + scale.to(m.dtype).view(B, _groups(C), -1)
         A = a * r
         S = shift.view_as(A) - m * A
         A, S = (line.view(B, C, 1, 1).to(x.dtype) for line in (A, S))
         ctx.save_for_backward(x, a, m, r, A)
-        return torch.addcmul(S, x, A, out=out)
+        return torch.addcmul(S, x, A)
 
     @staticmethod
     @once_differentiable
@@ -146,13 +142,12 @@ class _ModulatedNorm(torch.autograd.Function):
         x, a, m, r, A = ctx.saved_tensors
         B, C, H, W = x.shape
         n = C // _groups(C) * H * W
-        grad_x = g * x
         grad_shift = _sums(g)
-        grad_scale = r * (_sums(grad_x) - m * grad_shift)
+        grad_scale = r * (_sums(g * x) - m * grad_shift)
         K = -r * r * (a * grad_scale).sum(2, keepdim=True) / n
         M = -r * (a * grad_shift).sum(2, keepdim=True) / n - m * K
         K, M = (line.expand_as(a).reshape(B, C, 1, 1).to(x.dtype) for line in (K, M))
-        torch.addcmul(M, x, K, out=grad_x).addcmul_(g, A)
+        grad_x = torch.addcmul(M, x, K).addcmul_(g, A)
         return grad_x, grad_scale.view(B, C).to(x.dtype), grad_shift.view(B, C).to(x.dtype)
 
 

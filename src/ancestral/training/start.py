@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from filelock import FileLock, Timeout
 
@@ -54,38 +54,55 @@ class Plan:
     record: dict[str, Any]
 
 
+class Wishes(TypedDict, total=False):
+    """What a run is asked to be. What is left out, or None, is up to the recipe, or to the run that goes on.
+
+    Attributes:
+        minutes: of training, turned into steps by measuring the pace.
+        steps: number of steps, in place of minutes.
+        seed: of initialisation, batches, noise and times; 0 by default.
+        size: side to which images are brought.
+        recipe: name of a recipe; by default the one for data of this shape.
+        preset: name of a network of `recipes.PRESETS`; by default the recipe's own.
+        changes: `section.key=value` settings that replace the recipe's.
+        on_bad: "skip" files that cannot be read and count them (the default), or "fail".
+    """
+
+    minutes: float | None
+    steps: int | None
+    seed: int | None
+    size: int | None
+    recipe: str | None
+    preset: str | None
+    changes: Sequence[str]
+    on_bad: OnBad | None
+
+
 def plan(
     source: str | Path | Data,
     *,
-    minutes: float | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    size: int | None = None,
-    recipe: str | None = None,
-    preset: str | None = None,
-    changes: Sequence[str] = (),
-    on_bad: OnBad | None = None,
     argv: Sequence[str] = (),
     group: Processes = ALONE,
     progress: Progress | None = None,
     measure: bool = False,
+    **wishes: Unpack[Wishes],
 ) -> Plan:
     """Read the data, settle the set-up, build the model, see that it fits, and measure its pace; nothing is written.
 
     Args:
+        source: "digits", the name of a toy, a path to images or arrays, or data already loaded.
+        argv: the command line, for the record.
+        group: the processes that train together.
+        progress: told (what, done, of) while data is read.
         measure: the pace, even when nothing depends on it.
-        source, minutes, steps, seed, size, recipe, preset, changes, on_bad, argv, group, progress: see `prepare`.
+        wishes: see `Wishes`.
 
     Raises:
         UserError: in one sentence, if anything is wrong with the input, or the model does not fit into memory.
     """
-    data = (
-        source
-        if isinstance(source, Data)
-        else sources.load(source, size=size, on_bad=on_bad or "skip", progress=progress)
-    )
-    setup = recipes.change(recipes.choose(data.facts, recipe, preset), [*changes, *_budget(minutes, steps)])
-    seed = _checked(seed) or 0
+    size, on_bad, seed = wishes.get("size"), wishes.get("on_bad") or "skip", _seed(wishes, 0)
+    data = _data(source, size, on_bad, progress)
+    setup = _settled(recipes.choose(data.facts, wishes.get("recipe"), wishes.get("preset")), wishes)
     model = recipes.build(setup, data.facts, seed).to(group.device)
     cost = resources.cost(model, setup, data)  # a set-up that cannot run fails here
     at_a_time = setup.training.batch // (group.count * setup.training.accumulate)
@@ -101,7 +118,7 @@ def plan(
         "status": "ready",
         "seed": seed,
         "argv": list(argv),
-        "data": {"source": data.facts.source, "size": size, "on_bad": on_bad or "skip", "digest": data.facts.digest},
+        "data": {"source": data.facts.source, "size": size, "on_bad": on_bad, "digest": data.facts.digest},
         **({"seconds_per_step": round(seconds, 6)} if seconds else {}),
         "sessions": [],
     }
@@ -113,17 +130,10 @@ def prepare(
     *,
     to: str | Path | None = None,
     resume: str | Path | None = None,
-    minutes: float | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    size: int | None = None,
-    recipe: str | None = None,
-    preset: str | None = None,
-    changes: Sequence[str] = (),
-    on_bad: OnBad | None = None,
     argv: Sequence[str] = (),
     group: Processes = ALONE,
     progress: Progress | None = None,
+    **wishes: Unpack[Wishes],
 ) -> Run:
     """Make a run ready: a new one, or one that goes on because it is named by `resume` or is in `to` already.
 
@@ -135,17 +145,10 @@ def prepare(
             run that goes on was begun with.
         to: the run directory; by default the next free runs/NAME-0001.
         resume: a run directory that must be there.
-        minutes: of training, turned into steps by measuring the pace.
-        steps: number of steps, in place of minutes.
-        seed: of initialisation, batches, noise and times; 0 by default.
-        size: side to which images are brought.
-        recipe: name of a recipe; by default the one for data of this shape.
-        preset: name of a network of `recipes.PRESETS`; by default the recipe's own.
-        changes: `section.key=value` settings that replace the recipe's.
-        on_bad: "skip" files that cannot be read and count them (the default), or "fail".
         argv: the command line, for the record.
         group: the processes that train together.
         progress: told (what, done, of) while data is read.
+        wishes: see `Wishes`.
 
     Raises:
         UserError: in one sentence, if anything is wrong with the input, or a run that goes on was begun with other
@@ -156,63 +159,51 @@ def prepare(
     if group.count > 1 and resume is None and to is None:
         raise OptionError("several processes need a run directory with a name: give one with --to, or --resume RUN")
     path = Path(resume) if resume is not None else Path(to) if to is not None else None
-    if resume is None and not group.told(path is not None and _occupied(path)):
+    if path is None or (resume is None and not group.told(_occupied(path))):
         if source is None:
             raise OptionError("received no DATA: name 'digits', a toy or a path, or a run that goes on with --resume")
-        planned = plan(
-            source,
-            minutes=minutes,
-            steps=steps,
-            seed=seed,
-            size=size,
-            recipe=recipe,
-            preset=preset,
-            changes=changes,
-            on_bad=on_bad,
-            argv=argv,
-            group=group,
-            progress=progress,
-        )
+        planned = plan(source, argv=argv, group=group, progress=progress, **wishes)
         return _begin(path, planned, argv, group)
-    assert path is not None
     record, begun = _read(path, resume is not None)
     was = record["data"]
-    data = (
-        source
-        if isinstance(source, Data)
-        else sources.load(
-            was["source"] if source is None else source,
-            size=was["size"] if size is None else size,
-            on_bad=on_bad or was["on_bad"],
-            progress=progress,
-        )
-    )
-    if resume is not None:
-        if recipe is not None or preset is not None:
-            raise OptionError(f"{path}: a run that goes on has its recipe and preset; leave them out")
-        wanted, seed = begun, record["seed"] if seed is None else seed
+    size = was["size"] if wishes.get("size") is None else wishes["size"]
+    data = _data(was["source"] if source is None else source, size, wishes.get("on_bad") or was["on_bad"], progress)
+    if resume is None:
+        wanted, seed = recipes.choose(data.facts, wishes.get("recipe"), wishes.get("preset")), _seed(wishes, 0)
+    elif wishes.get("recipe") or wishes.get("preset"):
+        raise OptionError(f"{path}: a run that goes on has its recipe and preset; leave them out")
     else:
-        wanted = recipes.choose(data.facts, recipe, preset)
-    wanted = recipes.change(wanted, [*changes, *_budget(minutes, steps)])
-    return _go_on(path, data, record, begun, wanted, _checked(seed) or 0, argv, group)
+        wanted, seed = begun, _seed(wishes, record["seed"])
+    return _go_on(path, data, record, begun, _settled(wanted, wishes), seed, argv, group)
 
 
-def train(
-    source: str | Path | Data,
-    *,
-    to: str | Path | None = None,
-    minutes: float | None = None,
-    steps: int | None = None,
-    seed: int | None = None,
-    recipe: str | None = None,
-    preset: str | None = None,
-    changes: Sequence[str] = (),
-) -> Run:
-    """Train a model to the end and return its finished run; `prepare` explains the arguments."""
-    run = prepare(source, to=to, minutes=minutes, steps=steps, seed=seed, recipe=recipe, preset=preset, changes=changes)
+def train(source: str | Path | Data, *, to: str | Path | None = None, **wishes: Unpack[Wishes]) -> Run:
+    """Train a model to the end and return its finished run, going on with what is in `to`; see `prepare`."""
+    run = prepare(source, to=to, **wishes)
     for _ in run.steps():
         pass
     return run
+
+
+def _data(source: str | Path | Data, size: int | None, on_bad: OnBad, progress: Progress | None) -> Data:
+    return source if isinstance(source, Data) else sources.load(source, size=size, on_bad=on_bad, progress=progress)
+
+
+def _settled(setup: Setup, wishes: Wishes) -> Setup:
+    """The set-up with the changes and the budget that were wished for."""
+    minutes, steps = wishes.get("minutes"), wishes.get("steps")
+    if minutes is not None and steps is not None:
+        raise OptionError("received both minutes and steps: give one of them")
+    budget = [f"training.minutes={minutes}", "training.steps=null"] if minutes is not None else []
+    budget += [f"training.steps={steps}", "training.minutes=null"] if steps is not None else []
+    return recipes.change(setup, [*wishes.get("changes", ()), *budget])
+
+
+def _seed(wishes: Wishes, default: int) -> int:
+    seed = wishes.get("seed")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise OptionError(f"a seed is a whole number from 0 to 2^63 - 1, received {seed}")
+    return default if seed is None else seed
 
 
 def _begin(path: Path | None, planned: Plan, argv: Sequence[str], group: Processes) -> Run:
@@ -362,17 +353,3 @@ def _flat(setup: Setup) -> dict[str, Any]:
         for section, keys in setup.model_dump(mode="json").items()
         for key, value in (keys.items() if isinstance(keys, dict) else [("", keys)])
     }
-
-
-def _budget(minutes: float | None, steps: int | None) -> list[str]:
-    if minutes is not None and steps is not None:
-        raise OptionError("received both minutes and steps: give one of them")
-    if minutes is not None:
-        return [f"training.minutes={minutes}", "training.steps=null"]
-    return [f"training.steps={steps}", "training.minutes=null"] if steps is not None else []
-
-
-def _checked(seed: int | None) -> int | None:
-    if seed is not None and not 0 <= seed < 2**63:
-        raise OptionError(f"a seed is a whole number from 0 to 2^63 - 1, received {seed}")
-    return seed
