@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from ancestral.apps.cli import app
 from ancestral.data import draw
 from ancestral.measure.evaluate import Evaluation
+from ancestral.training import recipes
 
 SCHEMA = Path(__file__).parent.parent / "docs" / "evaluation.schema.json"
 QUICK = [f"--set={change}" for change in ("unet.width=8", "unet.blocks=1", "unet.octaves=1", "training.batch=16")]
@@ -373,3 +374,79 @@ def test_a_chain_that_does_not_forget_or_does_not_increase_is_remarked_on(tmp_pa
     assert "note: the betas of this chain do not increase throughout" in result.stdout
     assert "bits/dim of the data not forgotten" in result.stdout
     assert "note:" not in ancestral("train", "digits", "--to", tmp_path / "plain", "--steps=1", *QUICK).stdout
+
+
+def test_a_dry_run_says_what_it_would_take_and_writes_nothing(tmp_path, monkeypatch):
+    """The memory is that of the estimate, the ETA is steps times the pace that was measured."""
+    monkeypatch.chdir(tmp_path)
+    result = ancestral("train", "digits", "--dry-run", "--steps", 50, "--json", *QUICK)
+    record = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert (record["steps"], record["batch"]) == (50, 16)
+    assert record["eta_seconds"] == pytest.approx(50 * record["seconds_per_step"], abs=0.1)
+    assert 10**8 < record["memory_bytes"] < record["available_memory_bytes"]
+    assert 0 < record["disk_bytes"] < record["free_disk_bytes"]
+    assert record["setup"]["unet"]["width"] == 8
+    assert list(tmp_path.iterdir()) == []
+    for words in (["--dry-run"], ["digits", "--dry-run", "--resume", "x"]):
+        assert ancestral("train", *words).exit_code == 2
+
+
+def test_what_does_not_fit_is_refused_with_a_batch_that_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("ancestral.training.resources.available_memory", lambda: 2**30)
+    words = ["train", "digits", "--steps", 2, "--to", tmp_path / "run", "--set", "training.batch=1000000"]
+    result = ancestral(*words)
+    assert result.exit_code == 2
+    assert "would fit: --set training.batch=" in result.stderr
+    assert not (tmp_path / "run").exists()
+    words[-1] = result.stderr.strip().split("--set ")[-1]
+    assert int(words[-1].removeprefix("training.batch=")) > 100
+
+
+def test_the_same_command_and_resume_go_on_and_say_so(tmp_path):
+    words = ["train", "ring-8", "--to", tmp_path / "run", "--steps", 8, "--checkpoint-every", 4, "--set=mlp.width=8"]
+    assert ancestral(*words).exit_code == 0
+    again = ancestral(*words, "--json")
+    assert "has been trained to its end" in again.stderr
+    assert json.loads(again.stdout)["begun_at"] == 8
+    shutil.rmtree(tmp_path / "run" / "final")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-0000008")
+    resumed = ancestral("train", "--resume", tmp_path / "run", "--json")
+    assert "goes on after step 4" in resumed.stderr
+    assert json.loads(resumed.stdout)["steps"] == 8
+    other = ancestral(*[7 if word == 8 else word for word in words])
+    assert other.exit_code == 2
+    assert "training.steps 8 -> 7" in other.stderr
+
+
+def test_averages_of_any_length_are_measured_and_sampled(trained, tmp_path):
+    """The one that was kept is measured as it is; each line of the sweep has its length and its error."""
+    result = ancestral("evaluate", trained, "--n", 30, "--ema", "0.05,0.08,0.15", "--json")
+    record = json.loads(result.stdout)
+    Draft202012Validator(json.loads(SCHEMA.read_text())).validate(record)
+    kept, middle, long = record["ema"]
+    assert [each["length"] for each in record["ema"]] == [0.05, 0.08, 0.15]
+    assert kept["residual"] == 0
+    assert 0 < middle["residual"] < 0.05
+    assert kept["likelihood"] == record["bits_per_dim"]
+    assert middle["likelihood"]["value"] != long["likelihood"]["value"]
+    assert "average of length 0.15" in result.stderr
+    drawn = ancestral("sample", trained, "-n", 2, "--steps", 3, "--ema", "0.08", "--out", tmp_path, "--json")
+    assert draw.read_recipe(json.loads(drawn.stdout)["artifacts"]["png"])["ema"] == 0.08
+    for length, sentence in [("0.5", "not a power function's"), ("long", "--ema is a length")]:
+        refused = ancestral("evaluate", trained, "--ema", length)
+        assert refused.exit_code == 2
+        assert sentence in refused.stderr
+
+
+def test_the_doctor_and_the_presets_speak_json(monkeypatch):
+    small = {name: recipes.PRESETS[name] for name in ("tiny", "dit-tiny")}
+    monkeypatch.setattr(recipes, "PRESETS", small)
+    found = json.loads(ancestral("doctor", "--json").stdout)
+    assert found["torch"] == torch.__version__
+    assert set(found["convolution_gflop_per_second"]) == {"float32", "bfloat16"}
+    result = ancestral("presets", "--size", 8, "--channels", 1, "--json")
+    table = json.loads(result.stdout)["presets"]
+    assert [row["preset"] for row in table] == list(small)
+    assert all(row["images_per_second"] > 0 for row in table)
+    assert "| tiny |" in result.stderr
