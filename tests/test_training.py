@@ -6,7 +6,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from ancestral.training.average import Average
 from torch import nn
 
 import ancestral
@@ -18,6 +17,7 @@ from ancestral.protocol import Batch, Player
 from ancestral.rng import Rows, stream
 from ancestral.toys import named
 from ancestral.training import checkpoint, durable, loop, recipes, run, start
+from ancestral.training.average import Average
 from ancestral.training.recipes import TrainingSection
 from oracles import ExactNetwork, exact_model, plain_facts
 
