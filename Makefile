@@ -6,6 +6,7 @@ RUN := runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PEERS := .venv-peers/installed
 
 # The pins hold for what is installed and for the isolated environment in which pip builds: there, pip before 25.3
 # reads the first variable, and later ones the second.
@@ -13,10 +14,10 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format build clean
+.PHONY: help install demo test check format build bench bench-quality bench-scaling clean
 
 help:  ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 install: $(INSTALLED)  ## make .venv with the tested versions (PYTHON=python3.12 chooses the interpreter)
 
@@ -53,6 +54,22 @@ build: $(INSTALLED)  ## build the wheel into dist/
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
-clean:  ## remove dist/ and caches; runs/ and .venv/ stay
+# The peers have an environment of their own, with the same torch. benchmarks/peers.txt lists all of it.
+$(PEERS): benchmarks/peers.txt constraints.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet torch
+	.venv-peers/bin/pip install --quiet --no-deps -r benchmarks/peers.txt
+	@touch $@
+
+bench: $(INSTALLED) $(PEERS)  ## training and sampling beside the peers, in 25 minutes of a quiet machine
+	$(BIN)/python benchmarks/bench.py
+
+bench-quality: $(INSTALLED) $(PEERS)  ## held-out loss against time beside the peers' networks, in an hour and a half
+	$(BIN)/python benchmarks/quality.py
+
+bench-scaling: $(INSTALLED)  ## time and memory against side, batch, size of the data and processes, in 10 minutes
+	$(BIN)/python benchmarks/scaling.py
+
+clean:  ## remove dist/ and caches; runs/ and the environments stay
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
