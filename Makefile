@@ -65,7 +65,7 @@ bench: $(INSTALLED) $(PEERS)  ## training and sampling beside the peers, in 25 m
 	$(BIN)/python benchmarks/bench.py
 
 bench-quality: $(INSTALLED) $(PEERS)  ## held-out loss against time beside the peers' networks, in an hour and a half
-	$(BIN)/python benchmarks/quality.py
+	PYTHONPATH=src .venv-peers/bin/python benchmarks/quality.py
 
 bench-scaling: $(INSTALLED)  ## time and memory against side, batch, size of the data and processes, in 10 minutes
 	$(BIN)/python benchmarks/scaling.py

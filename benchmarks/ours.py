@@ -1,4 +1,4 @@
-"""ancestral, as `ancestral train` and `ancestral sample` use it: there is nothing to tune but torch.compile.
+"""ancestral, as `ancestral train` and `ancestral sample` use it: there is nothing to tune.
 
 The only place of the benchmarks that calls the training loop and the sampler.
 """
@@ -20,7 +20,6 @@ from ancestral.data.dataset import Examples, divide
 from ancestral.diffusion import denoise, sample
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.process import cosine
-from ancestral.nets import UNet
 from ancestral.training import recipes
 from ancestral.training.loop import Record, State, TrainingSection, steps
 
@@ -52,14 +51,11 @@ class Ours:
         self.model = recipes.build(setup, data.facts)
         self.net: nn.Module = self.model.network.net
         self.shape = data.facts.shape
-        self.keywords: dict[str, Any] = setup.unet.model_dump() if setup.unet else {}
-        if style == "compiled":
-            self.net.compile()
         self.steps = training(self.model, data, setup.training, total=100_000)
 
     def size(self) -> dict[str, int]:
         """Parameters, and FLOPs forward per image."""
-        return size(UNet(self.shape[0], levels=256, **self.keywords), self.shape[0])
+        return size(self.net, self.shape[0])
 
     def train(self, steps: int) -> None:
         """Steps of the loop: gather, noise, forward, backward, clip, AdamW, averages."""

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -79,6 +80,45 @@ def test_the_rate_warms_up_peaks_and_ends_at_zero():
     assert max(rates) <= 0.1
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_a_batch_comes_from_a_mapped_file_as_from_memory(tmp_path):
+    """Examples that stay on the disk, of which a step reads its own, train the same weights to the bit."""
+    data = load("digits")
+    np.save(tmp_path / "train.npy", data.train.numpy())
+    mapped = replace(data, train=torch.from_numpy(np.load(tmp_path / "train.npy", mmap_mode="c")))
+    setup = recipes.change(recipes.choose(data.facts), QUICK)
+    weights = []
+    for source in (data, mapped):
+        state = loop.State(recipes.build(setup, data.facts), setup.training)
+        assert len(list(loop.steps(state, source, 5, seed=0))) == 5
+        weights.append(state.tensors())
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_half_of_the_images_are_mirrored_and_vectors_never():
+    """Left to right, another half each step, and the same half into however many parts the batch is divided."""
+    data = load("digits")
+    section = TrainingSection(batch=256, flip=True)
+
+    def batch(step: int, accumulate: int = 1) -> torch.Tensor:
+        model = recipes.build(recipes.change(recipes.choose(data.facts), QUICK), data.facts)
+        state = loop.State(model, section.model_copy(update={"accumulate": accumulate}))
+        return torch.cat([part[0] for part in loop.parts(state, data, 0, step)])
+
+    def mirrored(step: int) -> torch.Tensor:
+        plain = data.batch(loop.batch_indices(len(data.train), 256, 0, step))
+        flipped = (batch(step) == plain.flip(-1)).flatten(1).all(1)
+        assert (flipped | (batch(step) == plain).flatten(1).all(1)).all()
+        return flipped
+
+    assert 96 < int(mirrored(1).sum()) < 160  # within four standard deviations of a half
+    assert not torch.equal(mirrored(1), mirrored(2))
+    assert torch.equal(batch(1), batch(1, accumulate=4))
+    vectors = load("ring-8")
+    state = loop.State(recipes.build(recipes.choose(vectors.facts), vectors.facts), section)
+    (seen,) = loop.parts(state, vectors, 0, 1)
+    assert torch.equal(seen[0], vectors.batch(loop.batch_indices(len(vectors.train), 256, 0, 1)))
 
 
 def trained(tmp_path, name: str, steps: int = 6, seed: int = 0) -> run.Run:

@@ -132,7 +132,7 @@ class Given(Denoiser):
         super().__init__()
         known = denoiser.classes
         if known is None:
-            raise OptionError("received labels, but this model was trained without: train with --set dit.labels=true")
+            raise OptionError("received labels, but this model was trained without: its network takes labels=true")
         if len(labels) and (int(labels.min()) < 0 or int(labels.max()) > known):
             named = sorted(set(labels.tolist()))
             raise OptionError(f"received labels {named}: this model knows classes 0 to {known - 1}")

@@ -14,18 +14,26 @@ from torch.nn import functional as F
 
 
 class NoiseEmbedding(nn.Module):
-    """A log-SNR in nats, shape (B,), as a vector of E features: sines and cosines, then two layers."""
+    """A log-SNR in nats, shape (B,), as a vector of E features: sines and cosines, then two layers.
 
-    def __init__(self, features: int) -> None:
+    Told a class, the vector is moved by one of its own; label number `classes` stands for all classes together.
+    """
+
+    def __init__(self, features: int, classes: int | None = None) -> None:
         super().__init__()
+        self.classes = classes
+        self.label = zeroed(nn.Embedding(classes + 1, features)) if classes else None
         self.layers = nn.Sequential(nn.Linear(64, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
 
-    def forward(self, log_snr: Tensor) -> Tensor:
-        """(B,) -> (B, E)."""
+    def forward(self, log_snr: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B,), labels (B,) -> (B, E); without labels, of all classes together."""
         periods = torch.logspace(math.log10(80.0), 0, 32, dtype=log_snr.dtype, device=log_snr.device)
         angle_BF = 2 * math.pi * log_snr[:, None] / periods
         out: Tensor = self.layers(torch.cat([angle_BF.sin(), angle_BF.cos()], 1))
-        return out
+        if self.label is None:
+            return out
+        untold = torch.full(log_snr.shape, self.classes or 0, device=log_snr.device)
+        return out + self.label(untold if labels is None else labels)
 
 
 class LevelPhases(nn.Module):

@@ -98,8 +98,7 @@ class DiT(nn.Module):
         if width % 4 or width % heads:
             raise OptionError(f"a transformer's width is a multiple of 4 and of its {heads} heads, received {width}")
         self.lowered, self.patch, self.width, self.classes = lowered(precision), patch, width, classes
-        self.embedding = NoiseEmbedding(width)
-        self.label = zeroed(nn.Embedding(classes + 1, width)) if classes else None
+        self.embedding = NoiseEmbedding(width, classes)
         self.phases = LevelPhases(levels, octaves) if levels else None
         self.enter = nn.Conv2d(channels * (1 + 2 * octaves if levels else 1), width, patch, stride=patch)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, width) for _ in range(depth))
@@ -111,10 +110,7 @@ class DiT(nn.Module):
         (B, C, H, W), P = x_BCHW.shape, self.patch
         rows, columns = -(-H // P), -(-W // P)
         with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=self.lowered):
-            embedding = self.embedding(log_snr)
-            if self.label is not None:
-                untold = torch.full((B,), self.classes or 0, device=log_snr.device)
-                embedding = embedding + self.label(untold if labels is None else labels)
+            embedding = self.embedding(log_snr, labels)
             if self.phases:
                 x_BCHW = self.phases(x_BCHW, log_snr)
             x_BCHW = F.pad(x_BCHW, (0, columns * P - W, 0, rows * P - H))

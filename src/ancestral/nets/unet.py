@@ -33,6 +33,7 @@ class UNet(nn.Module):
         width: channels of the first level, if its multiplier is 1.
         multipliers: channels of each level, in units of `width`; every level after the first halves the side.
         blocks: residual blocks per level, each way.
+        classes: that labels may name; None without labels.
         levels: of the data, whose phases are added to the input; None for real-valued data.
         octaves: how many, see `LevelPhases`.
         attention: whether the lowest level attends over its pixels.
@@ -52,15 +53,16 @@ class UNet(nn.Module):
         width: int = 64,
         multipliers: tuple[int, ...] = (1, 2, 2),
         blocks: int = 2,
+        classes: int | None = None,
         levels: int | None = None,
         octaves: int = 3,
         attention: bool = True,
         precision: str = "auto",
     ) -> None:
         super().__init__()
-        self.lowered = lowered(precision)
+        self.lowered, self.classes = lowered(precision), classes
         features, widths = 4 * width, [width * m for m in multipliers]
-        self.embedding = NoiseEmbedding(features)
+        self.embedding = NoiseEmbedding(features, classes)
         self.phases = LevelPhases(levels, octaves) if levels else None
         self.enter = nn.Conv2d(channels * (1 + 2 * octaves if levels else 1), widths[0], 3, padding=1)
         self.down = nn.ModuleList(
@@ -76,10 +78,10 @@ class UNet(nn.Module):
         self.modulation = zeroed(nn.Linear(features, sum(self.shares)))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def forward(self, x_BCHW: Tensor, log_snr: Tensor) -> Tensor:
-        """(B, C, H, W), (B,) -> (B, C, H, W), float32."""
+    def forward(self, x_BCHW: Tensor, log_snr: Tensor, labels: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), (B,), labels (B,) -> (B, C, H, W), float32. Without labels, of all classes together."""
         with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=self.lowered):
-            modulations = iter(self.modulation(self.embedding(log_snr)).split(self.shares, 1))
+            modulations = iter(self.modulation(self.embedding(log_snr, labels)).split(self.shares, 1))
             if self.phases:
                 x_BCHW = self.phases(x_BCHW, log_snr)
             h = self.enter(x_BCHW.contiguous(memory_format=torch.channels_last))

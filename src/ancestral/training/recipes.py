@@ -44,11 +44,12 @@ class DiffusionSection(Section):
 
 
 class UNetSection(Section):
-    """Keywords of `UNet`; its channels and levels come from the data."""
+    """Keywords of `UNet`; its channels and levels come from the data, its classes when `labels` are to be learnt."""
 
     width: int = Field(64, ge=1)
     multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 2), min_length=1)
     blocks: int = Field(2, ge=1)
+    labels: bool = False
     octaves: int = Field(3, ge=0)
     attention: bool = True
     precision: str = "auto"
@@ -228,16 +229,15 @@ def build(setup: Setup, facts: Facts, seed: int = 0) -> Diffusion:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if setup.unet:
-            net: torch.nn.Module = UNet(facts.shape[0], levels=facts.levels, **setup.unet.model_dump())
-        elif setup.dit:
-            keywords = setup.dit.model_dump(exclude={"labels"})
-            if setup.dit.labels and not facts.classes:
-                raise OptionError(f"dit.labels = true, but {facts.name} has no labels: leave it out")
-            classes = len(facts.classes or ()) if setup.dit.labels else None
-            net = DiT(facts.shape[0], classes=classes, levels=facts.levels, **keywords)
+        section = setup.unet or setup.dit
+        if section is None:
+            net: torch.nn.Module = MLP(facts.shape, **(setup.mlp or MLPSection()).model_dump())
         else:
-            net = MLP(facts.shape, **(setup.mlp or MLPSection()).model_dump())
+            if section.labels and not facts.classes:
+                raise OptionError(f"the network is to learn labels, but {facts.name} has none: leave out labels=true")
+            classes = len(facts.classes or ()) if section.labels else None
+            kind = UNet if setup.unet else DiT
+            net = kind(facts.shape[0], classes=classes, levels=facts.levels, **section.model_dump(exclude={"labels"}))
     return Diffusion(net, forward, facts, **setup.diffusion.model_dump())
 
 
