@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from networks import BATCH
 from PIL import Image
 
 HERE = Path(__file__).parent
@@ -31,8 +32,6 @@ PEERS = ("diffusers", "ddpm-pytorch")
 STYLES = ("user", "tuned", "compiled")
 WANTED = {"user": 3.5, "tuned": 1.75}
 """What ours is to be at least, as a multiple of each peer as a user gets it, and tuned."""
-
-BATCH = 64
 
 
 class Worker:

@@ -14,23 +14,23 @@ import json
 import math
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from networks import size
+from ours import in_turns, training
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ancestral.data import Data, load
 from ancestral.diffusion.model import Diffusion
-from ancestral.nets.blocks import ResidualBlock, channel_norm, modulated_norm
+from ancestral.nets.blocks import ResidualBlock, channel_norm, modulated_norm_
 from ancestral.protocol import Batch
 from ancestral.rng import Rows
 from ancestral.training import recipes
-from ancestral.training.loop import Record, State, TrainingSection, steps
+from ancestral.training.loop import State, TrainingSection
 
 HELD_OUT, PART = 2048, 256
 ROUNDS = 9
@@ -44,7 +44,7 @@ def modulated(x: Tensor, modulation: Tensor) -> Tensor:
 
 
 def group_norm(x: Tensor) -> Tensor:
-    """The norm of `modulated_norm` as torch has it."""
+    """The norm of `modulated_norm_` as torch has it."""
     return F.group_norm(x, max(1, x.shape[1] // 8))
 
 
@@ -97,7 +97,7 @@ class GroupSiLU(ResidualBlock):
     """The product's block with a smooth activation."""
 
     def forward(self, x_BCHW: Tensor, modulation: Tensor) -> Tensor:
-        out: Tensor = self.second(F.silu(modulated_norm(self.first(x_BCHW), modulation)))
+        out: Tensor = self.second(F.silu(modulated_norm_(self.first(x_BCHW), modulation)))
         out += self.shortcut(x_BCHW)
         return out
 
@@ -215,11 +215,6 @@ def make(data: Data, block: str, changes: list[str], seed: int) -> tuple[Diffusi
     return model, setup.training
 
 
-def training(state: State, data: Data, total: int, seed: int) -> Iterator[Record]:
-    """The loop of `ancestral train`."""
-    return steps(state, data, total, seed=seed)
-
-
 @torch.no_grad()
 def held_out(state: State, data: Data, section: TrainingSection, weighting: str) -> float:
     """The loss of the averaged weights, in nats per dimension ("bound") or as a plain squared error ("simple")."""
@@ -234,17 +229,8 @@ def held_out(state: State, data: Data, section: TrainingSection, weighting: str)
 
 def measure_pace(data: Data, blocks: list[str], changes: list[str]) -> Iterator[dict[str, Any]]:
     """Seconds a step of every candidate, the median of several rounds in which all take turns."""
-    turns, times = {}, {block: [] for block in blocks}
-    for block in blocks:
-        model, section = make(data, block, changes, 0)
-        turns[block] = training(State(model, section), data, 10_000, 0)
-        for _ in range(2):
-            next(turns[block])
-    for _ in range(ROUNDS):
-        for block in blocks:
-            began = time.perf_counter()
-            next(turns[block])
-            times[block].append(time.perf_counter() - began)
+    loops = {block: training(State(*make(data, block, changes, 0)), data, 10_000) for block in blocks}
+    times = in_turns(loops, ROUNDS)
     for block in blocks:
         net = make(data, block, changes, 0)[0].network.net
         yield {"block": block, "seconds": statistics.median(times[block]), "threads": torch.get_num_threads()} | size(

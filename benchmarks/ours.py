@@ -1,27 +1,25 @@
 """ancestral, as `ancestral train` and `ancestral sample` use it: there is nothing to tune.
 
-The only place of the benchmarks that calls the training loop and the sampler.
+With `training` and `in_turns` for the other benchmarks, which take the loop from here.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from networks import OURS, size
+from networks import BATCH, OURS, size
 from torch import Tensor, nn
-from worker import BATCH
 
 from ancestral.data import Data
 from ancestral.data.dataset import Examples, divide
 from ancestral.diffusion import denoise, sample
-from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.process import cosine
 from ancestral.training import recipes
-from ancestral.training.loop import Record, State, TrainingSection, steps
+from ancestral.training.loop import Record, State, steps
 
 
 def data_of(images: Tensor, held_out: int = 256) -> Data:
@@ -36,9 +34,20 @@ def setup_of(data: Data, changes: list[str]) -> recipes.Setup:
     return recipes.change(recipes.images(data.facts), [f"training.batch={BATCH}", *changes])
 
 
-def training(model: Diffusion, data: Data, section: TrainingSection, *, total: int, seed: int = 0) -> Iterator[Record]:
+def training(state: State, data: Data, total: int, seed: int = 0) -> Iterator[Record]:
     """The loop of `ancestral train`, without the run directory around it."""
-    return steps(State(model, section), data, total, seed=seed)
+    return steps(state, data, total, seed=seed)
+
+
+def in_turns(loops: Mapping[str, Iterator[object]], rounds: int, warm_up: int = 3) -> dict[str, list[float]]:
+    """Seconds of a step of every loop, in rounds in which all take turns."""
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for attempt in range(warm_up + rounds):
+        for name, loop in loops.items():
+            seconds = _seconds(partial(next, loop))
+            if attempt >= warm_up:
+                times[name].append(seconds)
+    return times
 
 
 class Ours:
@@ -51,7 +60,7 @@ class Ours:
         self.model = recipes.build(setup, data.facts)
         self.net: nn.Module = self.model.network.net
         self.shape = data.facts.shape
-        self.steps = training(self.model, data, setup.training, total=100_000)
+        self.steps = training(State(self.model, setup.training), data, 100_000)
 
     def size(self) -> dict[str, int]:
         """Parameters, and FLOPs forward per image."""

@@ -5,9 +5,8 @@ import os
 os.environ["TQDM_DISABLE"] = "1"
 
 import torch
-from networks import ddpm_pytorch, ddpm_unet, size
+from networks import BATCH, ddpm_pytorch, ddpm_unet, size
 from torch import Tensor
-from worker import BATCH
 
 library = ddpm_pytorch()
 

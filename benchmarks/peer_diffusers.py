@@ -6,10 +6,9 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from networks import diffusers_unet, size
+from networks import BATCH, diffusers_unet, size
 from torch import Tensor
 from torch.nn import functional as F
-from worker import BATCH
 
 
 class Diffusers:

@@ -17,14 +17,14 @@ import json
 import math
 import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import torch
-from blocks import held_out, keep, known, training
+from blocks import held_out, keep, known
 from networks import OURS, ddpm_unet, diffusers_unet, size
+from ours import in_turns, training
 from torch import Tensor, nn
 
 from ancestral.data import Data, load
@@ -79,19 +79,9 @@ def make(data: Data, name: str, rate: float, seed: int) -> tuple[Diffusion, Trai
 
 def measure_pace(data: Data) -> None:
     """Put on record the seconds a step of every network, the median of several rounds in which all take turns."""
-    turns, times = {}, {name: [] for name in MINUTES}
-    for name in MINUTES:
-        model, section = make(data, name, 1e-3, 0)
-        turns[name] = training(State(model, section), data, 10_000, 0)
-        for _ in range(3):
-            next(turns[name])
-    for _ in range(ROUNDS):
-        for name in MINUTES:
-            began = time.perf_counter()
-            next(turns[name])
-            times[name].append(time.perf_counter() - began)
-    for name in MINUTES:
-        row = {"seconds": statistics.median(times[name]), "least": min(times[name]), "greatest": max(times[name])}
+    loops = {name: training(State(*make(data, name, 1e-3, 0)), data, 10_000) for name in MINUTES}
+    for name, times in in_turns(loops, ROUNDS).items():
+        row = {"seconds": statistics.median(times), "least": min(times), "greatest": max(times)}
         keep(RECORD, {"kind": "pace", "network": name, "rounds": ROUNDS} | row | sizes(data, name))
 
 

@@ -49,7 +49,7 @@ SWEEPS: dict[str, list[dict[str, int]]] = {
 
 
 def measure(point: dict[str, int], images: Path, rounds: int) -> dict[str, Any]:
-    """Seconds a step and MiB of memory at a point; what each of several processes says is the same but for memory."""
+    """Seconds a step and MiB of memory at a point, of this process where there are several."""
     torch.set_num_threads(point["threads"])
     data = data_of(torch.from_numpy(np.load(images, mmap_mode="c")))
     changes = [f"training.batch={point['batch']}"]
@@ -88,8 +88,8 @@ def launch(point: dict[str, int], rounds: int, folder: Path) -> dict[str, Any]:
     words += [__file__, "--point", json.dumps(point), "--images", str(images), "--rounds", str(rounds)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(point["threads"])}
     out = subprocess.run(words, env=environment, capture_output=True, text=True, check=True, cwd=HERE).stdout
-    answers = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
-    return min(answers, key=lambda answer: answer["rank"])
+    (answer,) = (json.loads(line) for line in out.splitlines() if line.startswith("{"))
+    return dict(answer)
 
 
 def draw(found: dict[str, list[dict[str, Any]]]) -> None:
@@ -125,7 +125,9 @@ def main() -> None:
     parser.add_argument("--images", type=Path)
     options = parser.parse_args()
     if options.point:
-        print(json.dumps(measure(options.point, options.images, options.rounds)))
+        line = measure(options.point, options.images, options.rounds)
+        if line["rank"] == 0:
+            print(json.dumps(line))
         return
     found: dict[str, list[dict[str, Any]]] = {}
     began = time.perf_counter()

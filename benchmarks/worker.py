@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BATCH = 64
 THREADS = 2
 
 

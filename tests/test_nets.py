@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ancestral.errors import OptionError
 from ancestral.nets import MLP, UNet
-from ancestral.nets.blocks import Attention, LevelPhases, NoiseEmbedding, channel_norm, modulated_norm
+from ancestral.nets.blocks import Attention, LevelPhases, NoiseEmbedding, channel_norm, modulated_norm_
 from ancestral.rng import randn, stream
 
 
@@ -111,8 +111,12 @@ def test_modulated_norm_is_a_group_norm_that_is_then_modulated(channels, groups)
     modulation = randn((3, 2 * channels), stream(1), dtype=torch.float64).requires_grad_()
     scale, shift = modulation[:, :, None, None].chunk(2, 1)
     parts = F.group_norm(x, groups) * (1 + scale) + shift
-    whole = modulated_norm(x, modulation)
+    whole = modulated_norm_(x, modulation)
     torch.testing.assert_close(whole, parts)
+    with torch.no_grad():
+        written = x.clone()
+        assert torch.equal(modulated_norm_(written, modulation), whole)
+        assert torch.equal(written, whole)
     by = randn(x.shape, stream(2), dtype=torch.float64)
     torch.testing.assert_close(
         torch.autograd.grad(whole, (x, modulation), by), torch.autograd.grad(parts, (x, modulation), by)
@@ -122,8 +126,8 @@ def test_modulated_norm_is_a_group_norm_that_is_then_modulated(channels, groups)
 def test_modulated_norm_keeps_its_precision_far_from_zero():
     """In bfloat16 a mean of 8 standard deviations is taken off as exactly as the input was given."""
     x = (8 + randn((2, 16, 32, 32), stream(0))).bfloat16()
-    exact = modulated_norm(x.double(), torch.zeros(2, 32).double())
-    assert (modulated_norm(x, torch.zeros(2, 32)) - exact).square().mean().sqrt() < 0.05
+    exact = modulated_norm_(x.double(), torch.zeros(2, 32).double())
+    assert (modulated_norm_(x, torch.zeros(2, 32)) - exact).square().mean().sqrt() < 0.05
 
 
 def test_attention_is_the_same_for_few_pixels_as_for_many():

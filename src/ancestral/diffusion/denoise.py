@@ -114,7 +114,9 @@ class NetworkDenoiser(Denoiser):
         else:
             c_noise = self.process.log_snr(t).clamp(LOG_SNR_MIN, -LOG_SNR_MIN).to(x_t).expand(len(x_t))
         given = () if labels is None else (labels,)
-        return c_skip * x_t + c_out * self.net(c_in * x_t, c_noise, *given).to(x_t.dtype)
+        with torch.inference_mode(not torch.is_grad_enabled()):  # no_grad, and less is kept in mind of each tensor
+            out = self.net(c_in * x_t, c_noise, *given)
+        return c_skip * x_t + c_out * out.to(x_t.dtype)
 
 
 class Given(Denoiser):

@@ -82,8 +82,10 @@ def channel_norm(x_BCHW: Tensor) -> Tensor:
     return F.layer_norm(x_BCHW.permute(0, 2, 3, 1), (x_BCHW.shape[1],)).permute(0, 3, 1, 2)
 
 
-def modulated_norm(x_BCHW: Tensor, modulation: Tensor) -> Tensor:
-    """(1 + scale) norm(x) + shift, with norm a group norm over groups of about 8 channels.
+def modulated_norm_(x_BCHW: Tensor, modulation: Tensor) -> Tensor:
+    """(1 + scale) norm(x) + shift, with norm a group norm over groups of about 8 channels; x may be written over.
+
+    It is written over where no gradient is recorded: on a CPU fresh memory is what element-wise work costs.
 
     The mean and variance of a group turn norm and modulation into one line per image and channel, A x + S, and their
     gradient into another, A g + K x + M, with everything but two sums over the pixels worked out on small tensors. On
@@ -99,11 +101,14 @@ def modulated_norm(x_BCHW: Tensor, modulation: Tensor) -> Tensor:
         Shape (B, C, H, W), the dtype and memory layout of x. It can be differentiated once.
 
     Example:
-        >>> y = modulated_norm(3 + 2 * torch.randn(1, 8, 16, 16), torch.zeros(1, 16))
+        >>> y = modulated_norm_(3 + 2 * torch.randn(1, 8, 16, 16), torch.zeros(1, 16))
         >>> abs(float(y.mean())) < 1e-5, abs(float(y.var()) - 1) < 1e-2
         (True, True)
     """
     scale, shift = modulation.to(x_BCHW.dtype).chunk(2, 1)
+    if not torch.is_grad_enabled():
+        A, S, *_ = _line(x_BCHW, scale, shift)
+        return torch.addcmul(S, x_BCHW, A, out=x_BCHW)
     out: Tensor = _ModulatedNorm.apply(x_BCHW, scale, shift)  # type: ignore[no-untyped-call]
     return out
 
@@ -128,18 +133,26 @@ def _means(x_BCHW: Tensor) -> Tensor:
     )
 
 
+def _line(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    """A and S, (B, C, 1, 1), of out = A x + S, and what they are made of: with norm(x) = r (x - m) and a = 1 + scale,
+    A = a r and S = shift - m A.
+    """
+    B, C, _, _ = x.shape
+    m = _means(x)
+    r = (_means(x * x) - m * m).clamp(min=0).add(1e-5).rsqrt()
+    a = 1 + scale.to(m.dtype).view(B, _groups(C), -1)
+    A = a * r
+    S = shift.view_as(A) - m * A
+    A, S = (line.view(B, C, 1, 1).to(x.dtype) for line in (A, S))
+    return A, S, a, m, r
+
+
 class _ModulatedNorm(torch.autograd.Function):
-    """With norm(x) = r (x - m) and a = 1 + scale: out = A x + S, A = a r, S = shift - m A."""
+    """out = A x + S, see `_line`, and its gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        B, C, _, _ = x.shape
-        m = _means(x)
-        r = (_means(x * x) - m * m).clamp(min=0).add(1e-5).rsqrt()
-        a = 1 + scale.to(m.dtype).view(B, _groups(C), -1)
-        A = a * r
-        S = shift.view_as(A) - m * A
-        A, S = (line.view(B, C, 1, 1).to(x.dtype) for line in (A, S))
+        A, S, a, m, r = _line(x, scale, shift)
         ctx.save_for_backward(x, a, m, r, A)
         return torch.addcmul(S, x, A)
 
@@ -160,7 +173,7 @@ class _ModulatedNorm(torch.autograd.Function):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(relu(modulated_norm(conv(x)))): one norm, one activation and no bias between two convolutions.
+    """x + conv(relu(modulated_norm_(conv(x)))): one norm, one activation and no bias between two convolutions.
 
     What is written over in place is what no gradient needs, so that a block allocates as little as it can: on a CPU
     fresh memory is what element-wise work costs.
@@ -175,7 +188,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor, modulation: Tensor) -> Tensor:
         """(B, C_in, H, W), (B, 2 C) -> (B, C, H, W)."""
-        out: Tensor = self.second(F.relu_(modulated_norm(self.first(x_BCHW), modulation)))
+        out: Tensor = self.second(F.relu_(modulated_norm_(self.first(x_BCHW), modulation)))
         out += self.shortcut(x_BCHW)
         return out
 

@@ -15,7 +15,7 @@ from ancestral.nets.blocks import (
     NoiseEmbedding,
     ResidualBlock,
     ResidualStack,
-    modulated_norm,
+    modulated_norm_,
     zeroed,
 )
 from ancestral.nets.precision import lowered
@@ -95,5 +95,5 @@ class UNet(nn.Module):
                 if level:
                     h = F.interpolate(self.grow[level - 1](h), size=there.shape[2:], mode="nearest")
                 h = up(h.add_(there), modulations)
-            out = self.leave(F.relu_(modulated_norm(h, next(modulations))))
+            out = self.leave(F.relu_(modulated_norm_(h, next(modulations))))
         return out.float()
