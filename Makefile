@@ -67,7 +67,7 @@ bench: $(INSTALLED) $(PEERS)  ## training and sampling beside the peers, in 25 m
 bench-quality: $(INSTALLED) $(PEERS)  ## held-out loss against time beside the peers' networks, in an hour and a half
 	PYTHONPATH=src .venv-peers/bin/python benchmarks/quality.py
 
-bench-scaling: $(INSTALLED)  ## time and memory against side, batch, size of the data and processes, in 10 minutes
+bench-scaling: $(INSTALLED)  ## time and memory against side, batch, size of the data and processes, in 3 minutes
 	$(BIN)/python benchmarks/scaling.py
 
 clean:  ## remove dist/ and caches; runs/ and the environments stay

@@ -90,7 +90,7 @@ class Ours:
         """(wall time - steps x bare network forward) / wall time of a DDIM walk, in each of several rounds."""
         x, log_snr = torch.randn(BATCH, *self.shape), torch.full((BATCH,), 1.0)
 
-        @torch.no_grad()
+        @torch.inference_mode()
         def bare() -> None:
             self.net(x, log_snr)
 

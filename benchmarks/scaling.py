@@ -9,7 +9,6 @@ few to warm up. Writes results/scaling.json and docs/images/scaling.png.
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -48,6 +47,14 @@ SWEEPS: dict[str, list[dict[str, int]]] = {
 """What differs from the usual point in each sweep; of the processes, the last is what one of the two does alone."""
 
 
+def memory(kind: str, reset: bool = False) -> float:
+    """MiB this process holds ("VmRSS") or has held at most ("VmHWM"), since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) / 1024
+
+
 def measure(point: dict[str, int], images: Path, rounds: int) -> dict[str, Any]:
     """Seconds a step and MiB of memory at a point, of this process where there are several."""
     torch.set_num_threads(point["threads"])
@@ -55,11 +62,11 @@ def measure(point: dict[str, int], images: Path, rounds: int) -> dict[str, Any]:
     changes = [f"training.batch={point['batch']}"]
     with join() as group:
         setup = setup_of(data, changes)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        state, times = State(recipes.build(setup, data.facts), setup.training, group), []
+        before = memory("VmRSS", reset=True)
+        state = State(recipes.build(setup, data.facts), setup.training, group)
         ends = [record.seconds for record in steps(state, data, WARM_UP + rounds, seed=0)]
         times = np.diff(ends)[WARM_UP - 1 :].tolist()
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        grown = memory("VmHWM") - before
     return {
         **point,
         "rank": group.rank,
@@ -100,12 +107,14 @@ def draw(found: dict[str, list[dict[str, Any]]]) -> None:
         x = [point[sweep] for point in found[sweep]]
         for row, key in enumerate(("images_per_second", "grown_mib")):
             axes[row, column].plot(x, [point[key] for point in found[sweep]], "o-", color="C0")
-            axes[row, column].set(xscale="log", yscale="log")
+            axes[row, column].set(xscale="log", yscale="log" if sweep == "side" else "linear")
+            if sweep != "side":
+                axes[row, column].set_ylim(0, 1.1 * max(point[key] for point in found[sweep]))
         if sweep != "examples":
             axes[0, column].set_xticks(x, labels=map(str, x), minor=False)
             axes[0, column].set_xticks([], minor=True)
         axes[1, column].set_xlabel(name)
-    labels = ["1 process,\n2 threads", "2 processes,\n1 thread each", "1 process, 1 thread,\nhalf the batch"]
+    labels = ["1 process,\n2 threads", "2 processes,\n1 thread", "1 process,\n1 thread,\nhalf the\nbatch"]
     for row, key in enumerate(("images_per_second", "grown_mib")):
         axes[row, 3].bar(labels, [point[key] for point in found["processes"]], color="C0", width=0.6)
         axes[row, 3].tick_params(axis="x", labelsize=7)
