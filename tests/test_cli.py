@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ancestral.apps.cli import app
 from ancestral.data import draw
-from ancestral.measure.evaluate import Evaluation
+from ancestral.measure.record import Evaluation
 from ancestral.training import recipes
 
 SCHEMA = Path(__file__).parent.parent / "docs" / "evaluation.schema.json"
@@ -99,7 +99,9 @@ def test_evaluate_json_validates_against_the_published_schema(trained):
     bits = record["bits_per_dim"]
     assert bits["value"] == pytest.approx(bits["prior"] + bits["diffusion"] + bits["decoder"], abs=1e-9)
     assert record["n_images"] == 40
-    assert record["n_evaluations"] == 40 * 21
+    assert record["n_evaluations"] == 40 * 25 + 40 * 2 * 9  # the pilot, and two replicates
+    left = max(0.0, bits["stderr"] ** 2 - bits["stderr_noise"] ** 2)
+    assert bits["stderr_examples"] ** 2 == pytest.approx(left, abs=1e-12)
     assert record["baselines"]["independent_pixels"] == pytest.approx(2.43, abs=0.15)
     assert record["margins"]["gaussian"]["value"] == pytest.approx(
         record["baselines"]["gaussian"] - bits["value"], abs=1e-9
@@ -110,7 +112,7 @@ def test_evaluate_json_validates_against_the_published_schema(trained):
 
 
 def test_the_published_schema_is_the_one_in_the_code():
-    """Renew with: python -m ancestral.measure.evaluate > docs/evaluation.schema.json."""
+    """Renew with: python -m ancestral.measure.record > docs/evaluation.schema.json."""
     assert json.loads(SCHEMA.read_text()) == Evaluation.model_json_schema()
 
 

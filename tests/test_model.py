@@ -102,7 +102,7 @@ def test_what_is_undefined_is_refused():
         ({"weighting": "vlb"}, "unknown weighting"),
         ({"variance": "small"}, "unknown reverse variance"),
         ({"chain": 1}, "at least 2 steps"),
-        ({"variance": "optimal"}, "no network gives"),
+        ({"variance": "optimal"}, "only a network with a posterior"),
     ]:
         with pytest.raises(OptionError, match=sentence):
             Diffusion(net, P.cosine(), facts, **options)

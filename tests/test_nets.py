@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from ancestral.errors import OptionError
 from ancestral.nets import MLP, UNet
-from ancestral.nets.blocks import Attention, LevelPhases, NoiseEmbedding, channel_norm, modulated_norm_
+from ancestral.nets.blocks import Attention, NoiseEmbedding, channel_norm, modulated_norm_
+from ancestral.nets.levels import LevelPhases
 from ancestral.rng import randn, stream
 
 

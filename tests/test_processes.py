@@ -82,6 +82,19 @@ def test_weights_divided_among_processes_train_as_whole_ones_and_are_saved_whole
     ancestral(1, "sample", divided, "-n", "2", "--steps", "3")
 
 
+def test_three_processes_go_on_to_the_bit(tmp_path):
+    """With three, what is added in which order matters: it is the same after a stop as without one."""
+    settings = [part if part != "training.batch=32" else "training.batch=48" for part in SETTINGS]
+    short = [part if part not in ("60", "20") else {"60": "6", "20": "3"}[part] for part in TRAIN]
+    for name in ("whole", "stopped"):
+        ancestral(3, *short, *settings, "--to", tmp_path / name)
+    shutil.rmtree(tmp_path / "stopped" / "final")
+    shutil.rmtree(checkpoint.newest(tmp_path / "stopped"))
+    ancestral(3, *short, *settings, "--to", tmp_path / "stopped")
+    weights = [(tmp_path / name / "final" / checkpoint.WEIGHTS).read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+
+
 def test_only_the_first_process_writes(trained):
     """The same files from two processes as from one, each line of the metrics once."""
     files = [sorted(str(path.relative_to(run)) for path in run.rglob("*")) for run in trained.values()]

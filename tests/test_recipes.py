@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ancestral.data import Facts, load
+from ancestral.data import Facts, Scale, load
 from ancestral.errors import OptionError
+from ancestral.rng import stream
 from ancestral.training import recipes
 
 
@@ -53,3 +54,21 @@ def test_a_preset_replaces_the_network_and_its_settings_can_be_changed():
         recipes.choose(facts, preset="smal")
     with pytest.raises(OptionError, match="a network for images"):
         recipes.choose(load("ring-8").facts, preset="small")
+
+
+@pytest.mark.parametrize("name", ["digits_bits", "mnist_bits", "cifar10_bits"])
+@pytest.mark.parametrize("levels", [17, 256])
+def test_the_ends_of_a_chain_for_bits_cost_next_to_nothing(name, levels):
+    """Where it starts noise is finer than a level, and where it ends nothing of an example is left to tell."""
+    facts = load("digits").facts.model_copy(update={"levels": levels, "scale": Scale.of_levels(levels)})
+    setup = recipes.change(recipes.choose(facts, name), ["unet.width=8", "unet.blocks=1"])
+    x = torch.from_numpy(stream(0).integers(0, levels, (100, *facts.shape)))
+    found = recipes.build(setup, facts).bound(x, draws=1)
+    assert facts.bits_per_dim(float(found.decoder.mean())) < 0.02
+    assert facts.bits_per_dim(float(found.prior.mean())) < 1e-3
+
+
+def test_a_preset_keeps_the_posterior_of_a_recipe_for_bits():
+    facts = load("digits").facts
+    assert recipes.choose(facts, "digits_bits", "tiny").unet.posterior
+    assert not recipes.choose(facts, "digits", "tiny").unet.posterior

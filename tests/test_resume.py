@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import ancestral
 from ancestral.errors import NoSpace, OptionError, RunError, RunWarning, Stopped
@@ -137,7 +138,8 @@ class Disk:
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int, fault: str) -> None:
         self.at, self.fault, self.calls, self.dead = at, fault, 0, False
-        for owner, name in ((durable, "flush"), (os, "rename"), (os, "replace"), (os, "mkdir"), (shutil, "rmtree")):
+        calls = ((durable, "flush"), (os, "rename"), (os, "replace"), (os, "mkdir"), (shutil, "rmtree"))
+        for owner, name in (*calls, (checkpoint, "save_file")):
             patch.setattr(owner, name, self.guarded(name, getattr(owner, name)))
 
     def guarded(self, name, real):
@@ -150,6 +152,9 @@ class Disk:
                 return real(*arguments, **options)
             self.calls += 1
             if self.calls == self.at:
+                if self.fault == "no space" and name == "save_file":
+                    Path(arguments[1]).write_bytes(b"the half that fitted")
+                    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
                 if self.fault == "no space":
                     raise OSError(28, "No space left on device")
                 if self.fault == "torn" and name == "flush" and Path(arguments[0]).is_file():
@@ -326,3 +331,22 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path):
     finish(begin(tmp_path / "run", every=2))
     finish(begin(tmp_path / "whole", every=2))
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_a_step_that_is_damaged_twice_is_put_aside_twice(tmp_path):
+    for _ in range(2):
+        checkpoint.folder(tmp_path, "checkpoints", 8).mkdir(parents=True)
+        checkpoint.put_aside(tmp_path, 4)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "damaged-step-0000008",
+        "damaged-step-0000008-2",
+    ]
+
+
+def test_the_time_of_all_sessions_is_counted(tmp_path):
+    with pytest.raises(Stopped):
+        for _ in begin(tmp_path / "run").steps(stop=lambda: time.sleep(0.3) or True):
+            pass
+    first = json.loads((tmp_path / "run" / "run.json").read_text())["seconds"]
+    finish(start.prepare(resume=tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["seconds"] > first >= 0.3

@@ -12,13 +12,15 @@ from torch import nn
 import ancestral
 from ancestral.data import load
 from ancestral.diffusion import process as P
+from ancestral.diffusion.likelihood import mean_and_stderr
 from ancestral.diffusion.model import WEIGHTINGS, Diffusion
 from ancestral.errors import Diverged, OptionError, RunError, RunWarning
 from ancestral.protocol import Batch, Player
 from ancestral.rng import Rows, stream
-from ancestral.toys import named
+from ancestral.toys import gaussian, named
 from ancestral.training import checkpoint, durable, loop, recipes, run, start
 from ancestral.training.average import Average
+from ancestral.training.loop import State
 from ancestral.training.recipes import TrainingSection
 from oracles import ExactNetwork, exact_model, plain_facts
 
@@ -59,6 +61,79 @@ def test_the_exact_denoiser_minimises_every_loss(weighting, predicts):
         grads.append(torch.autograd.grad(model.loss(Batch(x_0, Rows((2, i), len(x_0)))), net.nudge)[0])
     mean, stderr = torch.stack(grads).mean(0), torch.stack(grads).std(0) / 30**0.5
     assert (mean.abs() < 4.5 * stderr).all()
+
+
+class Placed(nn.Module):
+    """The exact guess, and everywhere the same place of the reverse variance, which can be learnt."""
+
+    variance = True
+
+    def __init__(self, law, process, v: float) -> None:
+        super().__init__()
+        self.exact, self.v = ExactNetwork(law, process, "v"), nn.Parameter(torch.tensor(v, dtype=torch.float64))
+        self.nudge = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x, log_snr):
+        return self.halves(x, log_snr)[0]
+
+    def halves(self, x, log_snr):
+        return self.exact(x, log_snr) + self.nudge, self.v.expand_as(x)
+
+
+@pytest.mark.parametrize("weighting", ["simple", "bound"])
+def test_the_learned_variance_of_a_unit_gaussian_is_beta(weighting):
+    """Its optimum, beta~ + c_0^2 Var[x_0|x_t], is beta at every step: there and only there the gradient vanishes."""
+    law = gaussian(torch.zeros(2), torch.eye(2))
+    x_0 = law.sample(20_000, rng=stream(0))
+    slopes = {}
+    for v in (0.5, 1.0, 1.5):
+        net = Placed(law, P.cosine(), v)
+        model = Diffusion(net, P.cosine(), plain_facts(2), variance="learned", weighting=weighting, chain=20)
+        losses = [model.loss(Batch(x_0, Rows((1, i), len(x_0)))) for i in range(8)]
+        slopes[v] = torch.stack([torch.autograd.grad(loss, net.v)[0] for loss in losses])
+    assert slopes[0.5].max() < 0 < slopes[1.5].min()
+    assert abs(float(slopes[1.0].mean())) < 4 * float(slopes[1.0].std()) / 8**0.5
+
+
+def test_in_the_hybrid_objective_the_bound_does_not_move_the_guess():
+    """The gradient of the guess is that of the plain squared error alone, whatever variance the network puts out."""
+    law, x_0 = named("mixture"), named("mixture").sample(500, rng=stream(0))
+    slopes = []
+    for v in (-1.0, 0.7):
+        net = Placed(law, P.cosine(), v)
+        model = Diffusion(net, P.cosine(), plain_facts(2), variance="learned", weighting="simple", chain=20)
+        slopes.append(torch.autograd.grad(model.loss(Batch(x_0, Rows((1,), len(x_0)))), net.nudge)[0])
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("v", "same"), [(1.0, "beta"), (-1.0, "fixed-small")])
+def test_the_learned_variance_lies_between_the_fixed_ones(v, same):
+    """At its ends it is one of them, in every middle term and in the decoder, up to the rounding of float32."""
+    law, x_0 = named("mixture"), named("mixture").sample(100, rng=stream(0))
+    model = Diffusion(Placed(law, P.cosine(), v), P.cosine(), plain_facts(2), variance="learned", chain=20)
+    learned = model.bound(x_0, rng=1)
+    fixed = model.bound(x_0, rng=1, variance=same)
+    torch.testing.assert_close(learned.terms, fixed.terms, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(learned.decoder, fixed.decoder, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["unet", "mlp"])
+def test_a_network_learns_its_reverse_variance(kind):
+    """After a few steps the bound is below that of the same guess with either fixed variance, on a short chain."""
+    data = load("digits" if kind == "unet" else "ring-8")
+    small = ["unet.width=8", "unet.blocks=1", "unet.octaves=0"] if kind == "unet" else ["mlp.width=64", "mlp.depth=2"]
+    changes = ["diffusion.variance=learned", "diffusion.weighting=simple", "diffusion.chain=10", "training.warmup=5"]
+    setup = recipes.change(recipes.choose(data.facts), [*small, f"{kind}.variance=true", *changes])
+    model = recipes.build(setup, data.facts)
+    for _ in loop.steps(State(model, setup.training), data, 150 if kind == "unet" else 500, seed=0):
+        pass
+    learned, *fixed = (
+        model.eval().bound(data.held_out[:300], rng=1, variance=variance).diffusion
+        for variance in ("learned", "beta", "fixed-small")
+    )
+    for other in fixed:
+        gain, stderr = mean_and_stderr(other - learned)
+        assert float(gain) > 3 * float(stderr)
 
 
 def test_every_epoch_sees_every_example_once_in_a_new_order():

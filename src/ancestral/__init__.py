@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ancestral import data, diffusion, errors, gaussian, langevin, measure, nets, protocol, rng, toys, training
+    from ancestral import data, diffusion, errors, gaussian, langevin, measure, nets, ode, protocol, rng, toys, training
     from ancestral.diffusion.model import Diffusion
     from ancestral.measure.evaluate import evaluate
     from ancestral.training.checkpoint import load
@@ -40,6 +40,7 @@ __all__ = [
     "load",
     "measure",
     "nets",
+    "ode",
     "protocol",
     "rng",
     "toys",

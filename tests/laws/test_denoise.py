@@ -117,7 +117,7 @@ def test_illegal_combinations_are_refused_with_a_sentence():
     with pytest.raises(OptionError, match="unknown parameterization 'epsilon'"):
         NetworkDenoiser(nn.Identity(), P.cosine(), "epsilon")
     denoiser, x = NetworkDenoiser(MLP((2,), 8, 1), P.cosine()), torch.zeros(1, 2)
-    with pytest.raises(OptionError, match="needs a denoiser that knows"):
+    with pytest.raises(OptionError, match="needs a network that knows"):
         reverse(denoiser, x, 0.1, 0.2, "optimal")
     with pytest.raises(OptionError, match="did you mean 'fixed-large'"):
         reverse(denoiser, x, 0.1, 0.2, "fixed_large")

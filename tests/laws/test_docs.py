@@ -30,7 +30,7 @@ def test_every_link_and_picture_is_there(page):
 def test_every_name_of_code_in_the_derivation_exists(page):
     """Names in backquotes that look like `module.name` of the diffusion package resolve."""
     import ancestral.diffusion.model  # noqa: F401
-    from ancestral import data, diffusion, langevin, nets
+    from ancestral import data, diffusion, langevin, nets, ode
 
     homes = {
         "Process": diffusion.process.Process,
@@ -38,10 +38,13 @@ def test_every_name_of_code_in_the_derivation_exists(page):
         "Facts": data.Facts,
         "denoise": diffusion.denoise,
         "likelihood": diffusion.likelihood,
+        "Bound": diffusion.likelihood.Bound,
+        "flow": diffusion.flow,
+        "respace": diffusion.respace,
+        "ode": ode,
+        "levels": nets.levels,
         "langevin": langevin,
     }
     for home, name in re.findall(r"`(\w+)\.(\w+)`", page.read_text()):
         if home in homes:
             assert hasattr(homes[home], name), f"{home}.{name}"
-    if page.name == "derivation.md":
-        assert hasattr(nets.blocks, "LevelPhases")

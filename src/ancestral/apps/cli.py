@@ -39,6 +39,7 @@ Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
 Ema = Annotated[
     float | None, typer.Option(help="Length of the average of the weights, relative to the run, made from snapshots.")
 ]
+LIKELIHOODS = ("bound", "all-steps", "limit", "ode", "both")
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a checkpoint inside one.")]
 
 
@@ -57,7 +58,10 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Number of steps, in place of minutes.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random, recorded; 0 by default.")] = None,
     size: Annotated[int | None, typer.Option(min=4, help="Side to which images are cropped and resized.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="digits, images or vectors; by default chosen by shape.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="digits, images, vectors, or for likelihood digits_bits, mnist_bits; by default by shape."),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help="Network: tiny, small, base, dit-tiny, dit-small, dit-base.")
     ] = None,
@@ -191,16 +195,38 @@ def sample(
 
 
 @app.command(
-    epilog="Examples:  ancestral evaluate runs/digits-0001  |  "
-    "ancestral evaluate RUN --likelihood all-steps --n 100 --json"
+    epilog="Examples:  ancestral evaluate runs/digits-0001  |  ancestral evaluate RUN --tolerance 0.005  |  "
+    "ancestral evaluate RUN --likelihood both --json  |  ancestral evaluate RUN --compare OTHER"
 )
 def evaluate(
     run: RunPath,
     data: Annotated[str | None, typer.Option(help="Measure on the held-out split of this instead.")] = None,
-    n: Annotated[int, typer.Option("-n", "--n", min=2, help="Held-out examples, at most.")] = 2000,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "-n", "--n", min=2, help="Held-out examples, at most: 2,000, all with --tolerance, 64 by the ODE."
+        ),
+    ] = None,
     likelihood: Annotated[
-        str, typer.Option(help="'bound' draws terms at random steps; 'all-steps' computes all.")
+        str,
+        typer.Option(
+            help="'bound' draws terms by importance, 'all-steps' computes all, 'limit' is of infinitely many steps; "
+            "'ode' and 'both' also follow the probability-flow ODE."
+        ),
     ] = "bound",
+    tolerance: Annotated[
+        float | None, typer.Option(help="Measure until the standard error is this small, in bits/dim (or nats).")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=2, help="Of the chain, in place of the model's own.")] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of all chains of --steps steps, the one with the least bound.")
+    ] = False,
+    variance: Annotated[
+        str | None, typer.Option(help="Of the reverse chain: beta, fixed-large, fixed-small, learned or optimal.")
+    ] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="OTHER", help="Another run, measured on the same examples and noise.")
+    ] = None,
     ema: Annotated[
         str | None, typer.Option(help="Lengths of the average of the weights, such as 0.02,0.05,0.1: one table of all.")
     ] = None,
@@ -213,57 +239,80 @@ def evaluate(
         from ancestral.apps import figures, output
         from ancestral.apps.progress import Progress
         from ancestral.measure import evaluate as measuring
+        from ancestral.measure import flow, record
         from ancestral.training import checkpoint, durable, processes
 
-        if likelihood not in ("bound", "all-steps"):
-            raise unknown("--likelihood", likelihood, ("bound", "all-steps"))
+        if likelihood not in LIKELIHOODS:
+            raise unknown("--likelihood", likelihood, LIKELIHOODS)
         lengths = _lengths(ema)
-        found: list[tuple[checkpoint.Saved, measuring.Measured]] = []
         with processes.join() as group, Progress(quiet=not group.first) as progress:
             say = _Sayer(as_json, quiet=not group.first)
-            for length in lengths:
-                saved = checkpoint.open_run(run, length)
-                model = saved.model.to(group.device)
-                if not found:
-                    examples = _data_of(run, data, model, progress, say)
-                    _warn_of_the_chain(model, examples, say)
-                measured = measuring.evaluate(
+
+            def measured(model: "Diffusion") -> measuring.Measured:
+                return measuring.evaluate(
                     model,
                     examples,
-                    n=n,
+                    n=n or (flow.EXAMPLES if likelihood == "ode" else None if tolerance else 2000),
                     draws=None if likelihood == "all-steps" else measuring.DRAWS,
+                    tolerance=tolerance,
+                    limit=likelihood == "limit",
+                    steps=steps,
+                    variance=variance,
+                    best=best,
                     seed=seed,
                     progress=progress.update,
                     group=group,
                 )
-                found.append((saved, measured))
+
+            opened = [checkpoint.open_run(run, length) for length in lengths]
+            saved, other = opened[0], None if compare is None else checkpoint.open_run(compare)
+            if other and (other.facts.shape, other.facts.levels) != (saved.facts.shape, saved.facts.levels):
+                raise OptionError(
+                    f"{compare}: is for shape {other.facts.shape} with {other.facts.levels} levels, and {run} for "
+                    f"{saved.facts.shape} with {saved.facts.levels}: only runs on data alike are compared"
+                )
+            model = saved.model.to(group.device)
+            examples = _data_of(run, data, model, progress, say)
+            _warn_of_the_chain(model, examples, say)
+            found = [(each, measured(each.model.to(group.device))) for each in opened]
+            whole, ode, comparison = found[0][1], None, None
+            if likelihood in ("ode", "both"):
+                ode = flow.follow(model, examples, n=n, seed=seed, progress=progress.update, group=group).likelihood(
+                    whole
+                )
+            if other:
+                theirs = measured(other.model.to(group.device))
+                comparison = record.Comparison(
+                    run=str(other.path), likelihood=theirs.likelihood(), better=whole.over(theirs)
+                )
         if not group.first:
             return
-        saved, measured = found[0]
         folder = output.fresh(checkpoint.run_of(run), "evaluation")
         folder.mkdir(parents=True)
         artifacts = {"terms": str(folder / "terms.png"), "evaluation": str(folder / "evaluation.json")}
-        recipe = {"run": str(saved.path), "n": n, "likelihood": likelihood, "seed": seed}
-        figures.save(figures.terms(measured.bound, saved.facts), Path(artifacts["terms"]), recipe)
+        recipe = {"run": str(saved.path), "n": len(whole.chosen), "likelihood": likelihood, "seed": seed}
+        figures.save(figures.terms(whole.bound, saved.facts, whole.likelihood()), Path(artifacts["terms"]), recipe)
         sweep = [
-            measuring.Averaged(length=each.ema, residual=each.residual, likelihood=one.likelihood())
+            record.Averaged(length=each.ema, residual=each.residual, likelihood=one.likelihood())
             for each, one in found
             if ema is not None
         ]
-        result = measured.evaluation(
+        result = whole.evaluation(
             run=str(saved.path),
             data=examples.facts.name,
-            variance=saved.model.variance,
+            tolerance=tolerance,
             seed=seed,
             artifacts=artifacts,
+            ode=ode,
+            comparison=comparison,
             ema=sweep or None,
         )
-        record = result.model_dump(mode="json", exclude_none=True)
-        durable.write_json(folder / "evaluation.json", record)
+        printed = result.model_dump(mode="json", exclude_none=True)
+        durable.write_json(folder / "evaluation.json", printed)
         for line in output.evaluation_lines(result):
             say(line)
         if as_json:
-            _print_json(**record)
+            _print_json(**printed)
 
 
 @app.command(epilog="Example:  ancestral figures runs/digits-0001")

@@ -40,6 +40,7 @@ from ancestral.diffusion.likelihood import Bound, mean_and_stderr
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.process import Process
 from ancestral.measure.evaluate import evaluate
+from ancestral.measure.record import Likelihood
 from ancestral.rng import randn, stream
 from ancestral.training import checkpoint, loop, recipes
 
@@ -278,7 +279,7 @@ class Binned:
 
 
 def binned(bound: Bound, bins: int = BINS) -> Binned:
-    """The middle terms in at most so many bins, cut between strata, so that sizes * mean adds up to their sum.
+    """The middle terms in at most so many bins of neighbouring steps; sizes * mean adds up to their sum.
 
     Args:
         bound: of at least two examples.
@@ -294,19 +295,23 @@ def binned(bound: Bound, bins: int = BINS) -> Binned:
         >>> parts.edges, bool((parts.sizes @ parts.mean).isclose(bound.diffusion.mean()))
         (tensor([0.0100, 0.3400, 0.6700, 1.0000], dtype=torch.float64), True)
     """
-    groups = torch.arange(len(bound.weights)).tensor_split(min(bins, len(bound.weights)))
-    sizes = torch.stack([bound.weights[group].sum() for group in groups])
-    each = torch.stack([(bound.terms[:, group] * bound.weights[group]).sum(1) for group in groups], 1) / sizes
-    edges = (1 + torch.cat([torch.zeros(1), sizes.cumsum(0)]).round()) / len(bound.times)
+    middle = len(bound.times) - 1
+    bins = min(bins, middle)
+    group = torch.arange(middle) * bins // max(middle, 1)
+    sizes = group.bincount(minlength=bins).double()
+    each = torch.zeros(len(bound.terms), bins, dtype=torch.float64)
+    each = each.scatter_add(1, group[bound.steps - 2], (bound.terms * bound.weights).double()) / sizes
+    edges = (1 + torch.cat([torch.zeros(1), sizes.cumsum(0)])) / len(bound.times)
     return Binned(edges, sizes, each.mean(0), each.std(0) / len(each) ** 0.5)
 
 
-def terms(bound: Bound, facts: Facts) -> "Figure":
+def terms(bound: Bound, facts: Facts, told: Likelihood | None = None) -> "Figure":
     """The terms of the bound by timestep with 95% intervals, and what they add up to, in the data's unit.
 
     Args:
         bound: of at least two examples on a chain of at least two steps.
         facts: of the data.
+        told: what is said of the bound, where the examples speak for others; by default their plain means.
     """
 
     def unit(nats: Tensor) -> Tensor:
@@ -343,13 +348,19 @@ def terms(bound: Bound, facts: Facts) -> "Figure":
     _over_time(each, f"one term of the bound, {facts.unit}")
     _over_time(summed, f"sum from $L_0$ up to $L_{{t-1}}$, {facts.unit}", "$t/T$")
 
-    error = INTERVAL * float(unit(mean_and_stderr(bound.nats)[1]))
+    told = told or Likelihood(
+        value=float(total),
+        stderr=float(unit(mean_and_stderr(bound.nats)[1])),
+        prior=float(L_T),
+        diffusion=float(running[-1] - L_0),
+        decoder=float(L_0),
+    )
     table = (
-        (2.88, "prior", "$L_T$", _short(float(L_T)), GREY),
-        (2.55, "diffusion", r"$\sum\, L_{t-1}$", _short(float(running[-1] - L_0)), BLUE),
-        (2.22, "decoder", "$L_0$", _short(float(L_0)), RED),
-        (1.76, "bound", "", _short(float(total)), INK),
-        (1.43, "", "", rf"$\pm$ {_short(error)}", INK),
+        (2.88, "prior", "$L_T$", _short(told.prior), GREY),
+        (2.55, "diffusion", r"$\sum\, L_{t-1}$", _short(told.diffusion), BLUE),
+        (2.22, "decoder", "$L_0$", _short(told.decoder), RED),
+        (1.76, "bound", "", _short(told.value), INK),
+        (1.43, "", "", rf"$\pm$ {_short(INTERVAL * told.stderr)}", INK),
     )
     for y, name, symbol, value, colour in table:
         write(canvas, 6.65, y, name, colour)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ancestral.data import Facts, draw
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.sample import Sampler
-from ancestral.measure.evaluate import Evaluation
+from ancestral.measure.record import Evaluation, Likelihood
 from ancestral.training.processes import ALONE, Processes
 
 BATCH = 64
@@ -119,14 +119,21 @@ def evaluation_lines(result: Evaluation) -> list[str]:
         difference = f"the model is {abs(margin.value):.4f} ± {margin.stderr:.4f} {word} ({ratio:.0f} s.e.)"
         return f"  {label:<24}{value:10.4f}   {difference}"
 
+    of = "" if result.n_images == result.n_held_out else f" of {result.n_held_out:,}"
+    chain = f"{'best ' if result.best else ''}chain of {result.chain:,} steps, variance {result.variance}"
+    chain += f", {result.decoder} decoder" if unit == "bits/dim" else ""
+    chain += ", in the limit of infinitely many" if result.limit else ""
     return [
-        f"{result.data}: {result.n_images:,} held-out examples, {unit}, chain of {result.chain:,} steps, seed "
-        f"{result.seed}",
-        f"  {'variational bound':<24}{found.value:10.4f} ± {found.stderr:.4f}   ({result.n_evaluations:,} evaluations, "
-        f"{result.seconds:.0f} s)",
+        f"{result.data}: {result.n_images:,}{of} held-out examples, {unit}, {chain}, seed {result.seed}",
+        *(["  (other steps than it was trained for: the bound of another model)"] if result.respaced else []),
+        f"  {'variational bound':<24}{found.value:10.4f} ± {found.stderr:.4f}   {_apart(found)}"
+        f"({result.n_evaluations:,} evaluations, {result.seconds:.0f} s)",
         f"    {'L_T   prior':<22}{found.prior:10.4f}",
         f"    {'L_t-1 diffusion':<22}{found.diffusion:10.4f}",
         f"    {'L_0   decoder':<22}{found.decoder:10.4f}",
+        *_tolerance_lines(result),
+        *_ode_lines(result),
+        *_comparison_lines(result),
         baseline("independent pixels", "independent_pixels"),
         baseline("full-covariance Gaussian", "gaussian"),
         *(
@@ -135,4 +142,49 @@ def evaluation_lines(result: Evaluation) -> list[str]:
             for each in result.ema or []
         ),
         *(f"  {path}" for path in result.artifacts.values()),
+    ]
+
+
+def _apart(found: Likelihood) -> str:
+    if found.stderr_noise is None:
+        return ""
+    return f"examples ± {found.stderr_examples:.4f}, noise ± {found.stderr_noise:.4f}   "
+
+
+def _tolerance_lines(result: Evaluation) -> list[str]:
+    """Whether the tolerance was reached, and what stands in the way."""
+    found, wanted = result.likelihood, result.tolerance
+    if wanted is None or found.stderr <= wanted:
+        return []
+    if result.n_images == result.n_held_out and found.stderr_noise is not None and found.stderr_noise <= wanted:
+        return [f"  every held-out example was measured; what is left above ± {wanted:g} is the choice of examples"]
+    return [f"  ± {wanted:g} was not reached: let more examples be measured with --n"]
+
+
+def _ode_lines(result: Evaluation) -> list[str]:
+    """The value along the flow, and the ordering check."""
+    ode = result.ode
+    if ode is None:
+        return []
+    how = f"{ode.scheme}, {ode.draws} draw" if ode.scheme else "no dequantization"
+    probes = "exact divergence" if ode.probes is None else f"{ode.probes} probes"
+    above, side = ode.above, "above" if ode.above.value > 0 else "below"
+    return [
+        f"  {'probability-flow ODE':<24}{ode.value:10.4f} ± {ode.stderr:.4f}   {ode.n_images:,} examples, {how}, "
+        f"{probes} ({ode.n_evaluations:,} evaluations, {ode.seconds:.0f} s)",
+        f"    on these examples the bound is {abs(above.value):.4f} ± {above.stderr:.4f} {side} it",
+    ]
+
+
+def _comparison_lines(result: Evaluation) -> list[str]:
+    """The paired difference to another run."""
+    if result.comparison is None:
+        return []
+    other, better = result.comparison, result.comparison.better
+    word = "no difference at this number of examples"
+    if abs(better.value) > 2 * better.stderr:
+        word = "this run is better" if better.value > 0 else "this run is worse"
+    return [
+        f"  {'compared with':<24}{other.likelihood.value:10.4f} ± {other.likelihood.stderr:.4f}   {other.run}",
+        f"    paired difference     {better.value:10.4f} ± {better.stderr:.4f}   {word}",
     ]

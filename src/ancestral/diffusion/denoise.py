@@ -59,9 +59,46 @@ class Denoiser(nn.Module, ABC):
 class HasVariance(Protocol):
     """A denoiser that also knows how uncertain it is."""
 
-    def variance(self, x_t: Tensor, t: Time) -> Tensor:
-        """Var[x_0 | x_t] per element, the shape of x_t."""
+    def moments(self, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x_t] and Var[x_0 | x_t] per element, each the shape of x_t."""
         ...
+
+
+def moments(denoiser: Denoiser, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+    """E[x_0 | x_t] and Var[x_0 | x_t] from a denoiser that knows both, in one evaluation.
+
+    Raises:
+        OptionError: if this one does not.
+    """
+    if not isinstance(denoiser, HasVariance):
+        raise OptionError(
+            f"reverse variance 'optimal' needs a denoiser that knows Var[x_0|x_t], and {type(denoiser).__name__} "
+            "does not: use 'beta' or 'fixed-small'"
+        )
+    return denoiser.moments(x_t, t)
+
+
+@runtime_checkable
+class HasFraction(Protocol):
+    """A denoiser that was trained to know its reverse variance too."""
+
+    def halves(self, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x_t], and where the reverse variance lies between beta~ (0) and var_{t|s} (1), per element."""
+        ...
+
+
+def halves(denoiser: Denoiser, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+    """E[x_0 | x_t] and the learned place of the reverse variance, from a denoiser that knows both.
+
+    Raises:
+        OptionError: if this one does not.
+    """
+    if not isinstance(denoiser, HasFraction):
+        raise OptionError(
+            f"reverse variance 'learned' needs a network that puts one out, and {type(denoiser).__name__} has none: "
+            "use 'beta' or 'fixed-small'"
+        )
+    return denoiser.halves(x_t, t)
 
 
 class NetworkDenoiser(Denoiser):
@@ -82,6 +119,8 @@ class NetworkDenoiser(Denoiser):
         super().__init__()
         if predicts not in ROWS:
             raise unknown("parameterization", predicts, ROWS)
+        if getattr(net, "posterior", False) and predicts != "x0":
+            raise OptionError(f"a network with a posterior over levels predicts 'x0', received {predicts!r}")
         self.net, self.process, self.predicts, self.sigma_data = net, process, predicts, sigma_data
         if not torch.stack(self.coefficients(1.0)).isfinite().all():
             raise OptionError(
@@ -102,6 +141,11 @@ class NetworkDenoiser(Denoiser):
         return c_skip, c_out, (alpha**2 * self.sigma_data**2 + sigma**2) ** -0.5
 
     @property
+    def posterior(self) -> bool:
+        """Whether the network puts out a posterior over levels, and so knows Var[x_0 | x_t] too."""
+        return getattr(self.net, "posterior", False)
+
+    @property
     def classes(self) -> int | None:
         """How many classes the network knows, or None. The label of that number stands for any of them."""
         return getattr(self.net, "classes", None)
@@ -109,14 +153,39 @@ class NetworkDenoiser(Denoiser):
     def forward(self, x_t: Tensor, t: Time, labels: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t] = c_skip x_t + c_out net(c_in x_t, c_noise), or that of each example's class."""
         c_skip, c_out, c_in = (per_example(c, x_t) for c in self.coefficients(t))
+        out = self._ask(self.net, c_in * x_t, t, labels)
+        return c_skip * x_t + c_out * out.to(x_t.dtype)
+
+    def moments(self, x_t: Tensor, t: Time, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x_t] and Var[x_0 | x_t], from a network that puts out a posterior over levels."""
+        if not self.posterior:
+            raise OptionError(
+                "reverse variance 'optimal' needs a network that knows Var[x_0|x_t], and this one does not: train with "
+                "--set unet.posterior=true, or use 'beta' or 'fixed-small'"
+            )
+        c_in = per_example(self.coefficients(t)[2], x_t)
+        mean, var = self._ask(self.net.moments, c_in * x_t, t, labels)
+        return mean.to(x_t.dtype), var.to(x_t.dtype)
+
+    def halves(self, x_t: Tensor, t: Time, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x_t] and the place of the reverse variance, (1 + v) / 2 of what the network puts out."""
+        if not getattr(self.net, "variance", False):
+            raise OptionError(
+                "reverse variance 'learned' needs a network that puts one out, and this one does not: train with "
+                "--set unet.variance=true (or mlp.variance), or use 'beta' or 'fixed-small'"
+            )
+        c_skip, c_out, c_in = (per_example(c, x_t) for c in self.coefficients(t))
+        first, second = self._ask(self.net.halves, c_in * x_t, t, labels)
+        return c_skip * x_t + c_out * first.to(x_t.dtype), (1 + second.to(x_t.dtype)) / 2
+
+    def _ask(self, net: Any, x: Tensor, t: Time, labels: Tensor | None) -> Any:
         if isinstance(t, Instant):
-            c_noise = x_t.new_full((len(x_t),), min(max(t.log_snr, LOG_SNR_MIN), -LOG_SNR_MIN))
+            c_noise = x.new_full((len(x),), min(max(t.log_snr, LOG_SNR_MIN), -LOG_SNR_MIN))
         else:
-            c_noise = self.process.log_snr(t).clamp(LOG_SNR_MIN, -LOG_SNR_MIN).to(x_t).expand(len(x_t))
+            c_noise = self.process.log_snr(t).clamp(LOG_SNR_MIN, -LOG_SNR_MIN).to(x).expand(len(x))
         given = () if labels is None else (labels,)
         with torch.inference_mode(not torch.is_grad_enabled()):  # no_grad, and less is kept in mind of each tensor
-            out = self.net(c_in * x_t, c_noise, *given)
-        return c_skip * x_t + c_out * out.to(x_t.dtype)
+            return net(x, c_noise, *given)
 
 
 class Given(Denoiser):
@@ -144,6 +213,14 @@ class Given(Denoiser):
         """E[x_0 | x_t, label]."""
         return self.denoiser(x_t, t, self.labels)
 
+    def moments(self, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x_t, label] and Var[x_0 | x_t, label], from a network that knows both."""
+        return self.denoiser.moments(x_t, t, self.labels)
+
+    def halves(self, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x_t, label] and the place of the reverse variance."""
+        return self.denoiser.halves(x_t, t, self.labels)
+
 
 class Posterior(Protocol):
     """A law whose posterior under Gaussian noise is known, such as a `toys.Toy`."""
@@ -164,9 +241,10 @@ class OracleDenoiser(Denoiser):
         """E[x_0 | x_t], computed in float64."""
         return self.law.posterior_mean(x_t.double(), *self.process(t)).to(x_t.dtype)
 
-    def variance(self, x_t: Tensor, t: Time) -> Tensor:
-        """The diagonal of Cov[x_0 | x_t], the shape of x_t."""
-        return self.law.posterior_cov(x_t.double(), *self.process(t)).diagonal(dim1=-2, dim2=-1).to(x_t.dtype)
+    def moments(self, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x_t], and the diagonal of Cov[x_0 | x_t]."""
+        covariance = self.law.posterior_cov(x_t.double(), *self.process(t))
+        return self(x_t, t), covariance.diagonal(dim1=-2, dim2=-1).to(x_t.dtype)
 
 
 class Clipped(Denoiser):
@@ -180,8 +258,19 @@ class Clipped(Denoiser):
         """E[x_0 | x_t] clipped to [low, high]."""
         return self.denoiser(x_t, t).clamp(self.low, self.high)
 
+    def moments(self, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """The mean, clipped, and the variance of a denoiser that knows it."""
+        mean, var = moments(self.denoiser, x_t, t)
+        return mean.clamp(self.low, self.high), var
 
-VARIANCES = ("beta", "fixed-large", "fixed-small", "optimal")
+    def halves(self, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
+        """The mean, clipped, and the place of the reverse variance of a denoiser that learned it."""
+        mean, fraction = halves(self.denoiser, x_t, t)
+        return mean.clamp(self.low, self.high), fraction
+
+
+FIXED = ("beta", "fixed-large", "fixed-small")
+VARIANCES = (*FIXED, "learned", "optimal")
 """What the reverse chain may take as Sigma_theta; `likelihood.decoder_nats` says how they differ in the last step."""
 
 
@@ -195,8 +284,9 @@ def reverse(
         "beta", "fixed-large"   Sigma_theta = var_{t|s}
         "fixed-small"           Sigma_theta = beta~ = sigma_s^2 gain
         "optimal"               Sigma_theta = beta~ + c_0^2 Var[x_0|x_t]     (needs a denoiser that `HasVariance`)
+        "learned"               log Sigma_theta = f log var_{t|s} + (1 - f) log beta~      (one that `HasFraction`)
 
-    References: Ho et al. (2020), section 3.2; Bao et al. (2022), theorem 1.
+    References: Ho et al. (2020), section 3.2; Bao et al. (2022), theorem 1; Nichol & Dhariwal (2021), eq. 15.
 
     Args:
         denoiser: E[x_0 | x_t].
@@ -214,20 +304,12 @@ def reverse(
         raise unknown("reverse variance", variance, VARIANCES)
     process = denoiser.process
     c_t, c_0, beta_tilde = (per_example(c, x_t) for c in process.posterior_coefficients(s, t))
-    x_0_hat = denoiser(x_t, t)
-    mean = c_t * x_t + c_0 * x_0_hat
-    if variance == "fixed-small":
-        return mean, beta_tilde, x_0_hat
     if variance == "optimal":
-        return mean, beta_tilde + c_0**2 * known_variance(denoiser, x_t, t), x_0_hat
-    return mean, per_example(process.transition(s, t)[1], x_t), x_0_hat
-
-
-def known_variance(denoiser: Denoiser, x_t: Tensor, t: Time) -> Tensor:
-    """Var[x_0 | x_t] from a denoiser that has it, or a sentence saying that this one has not."""
-    if not isinstance(denoiser, HasVariance):
-        raise OptionError(
-            f"reverse variance 'optimal' needs a denoiser that knows Var[x_0|x_t], and {type(denoiser).__name__} "
-            "does not: use 'beta' or 'fixed-small'"
-        )
-    return denoiser.variance(x_t, t)
+        x_0_hat, var_0 = moments(denoiser, x_t, t)
+        return c_t * x_t + c_0 * x_0_hat, beta_tilde + c_0**2 * var_0, x_0_hat
+    wide = per_example(process.transition(s, t)[1], x_t)
+    if variance == "learned":
+        x_0_hat, fraction = halves(denoiser, x_t, t)
+        return c_t * x_t + c_0 * x_0_hat, wide * (beta_tilde / wide) ** (1 - fraction), x_0_hat
+    x_0_hat = denoiser(x_t, t)
+    return c_t * x_t + c_0 * x_0_hat, beta_tilde if variance == "fixed-small" else wide, x_0_hat

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ancestral.data import Facts
-from ancestral.diffusion import likelihood
+from ancestral.diffusion import flow, likelihood
 from ancestral.diffusion import sample as samplers
 from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, Given, NetworkDenoiser
-from ancestral.diffusion.process import LOG_SNR_MIN, Process
+from ancestral.diffusion.process import LOG_SNR_MIN, Process, per_example
 from ancestral.errors import OptionError, unknown
 from ancestral.protocol import Batch, Density, Player
 from ancestral.rng import Seeds, rand, randn, streams
@@ -36,10 +36,40 @@ def bound(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([first, span]), torch.cat([first, weight])
 
 
+def min_snr(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Uniform times, and min(SNR, 5): the squared error of eps where little noise is left does not outweigh the rest.
+
+    Reference: Hang et al. (2023), eq. 8, with gamma = 5.
+    """
+    return torch.ones_like(times), denoiser.process.log_snr(times).exp().clamp(max=5.0)
+
+
+def p2(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
+    """Uniform times, and SNR / (1 + SNR): the squared error of eps, times 1 / (1 + SNR).
+
+    Reference: Choi et al. (2022), eq. 8, with k = gamma = 1.
+    """
+    return torch.ones_like(times), denoiser.process.log_snr(times).sigmoid()
+
+
+def edm(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
+    """log(sigma / alpha) normal with mean -1.2 and deviation 1.2, and the squared error of EDM's F, 1 + SNR, there.
+
+    Reference: Karras et al. (2022), table 1, for data of unit variance.
+    """
+    log_ratio = -0.5 * denoiser.process.log_snr(times).clamp(min=LOG_SNR_MIN)
+    density = torch.exp(-0.5 * ((log_ratio + 1.2) / 1.2) ** 2)
+    width = torch.cat([log_ratio.new_zeros(1), log_ratio.diff()])
+    return density * width, 1 + denoiser.process.log_snr(times).exp()
+
+
+HYBRID = 1e-3
+"""Share of the bound in the hybrid objective."""
+
 UNTOLD = 0.1
 """Share of the training examples whose class the network is not told."""
 
-WEIGHTINGS = {"simple": simple, "bound": bound}
+WEIGHTINGS = {"simple": simple, "bound": bound, "min-snr": min_snr, "p2": p2, "edm": edm}
 """(denoiser, times of the chain) -> (probability of training on each, weight of the squared error of x_0 there)."""
 
 
@@ -51,9 +81,11 @@ class Diffusion(nn.Module):
         process: the forward process.
         facts: of the data: shape, levels, scale.
         predicts: parameterization, a key of `denoise.ROWS`.
-        weighting: of the training loss: "simple", the plain squared error of what the network predicts at uniform
-            times, or "bound", the middle terms of the variational bound of the chain.
-        variance: of the reverse chain that is sampled and measured: "beta", "fixed-large" or "fixed-small".
+        weighting: of the training loss, a key of `WEIGHTINGS`: "simple", the plain squared error of what the network
+            predicts at uniform times; "bound", the middle terms of the variational bound of the chain; or "min-snr",
+            "p2" or "edm", which care more for what is seen than for bits.
+        variance: of the reverse chain that is sampled and measured, one of `denoise.VARIANCES`.
+        decoder: of data on levels, one of `likelihood.DECODERS`.
         chain: the number of steps T of the chain that is trained and measured.
 
     Raises:
@@ -69,6 +101,7 @@ class Diffusion(nn.Module):
         predicts: str = "v",
         weighting: str = "simple",
         variance: str = "fixed-small",
+        decoder: str = "gaussian",
         chain: int = 1000,
     ) -> None:
         super().__init__()
@@ -76,15 +109,27 @@ class Diffusion(nn.Module):
             raise unknown("weighting", weighting, WEIGHTINGS)
         if variance not in VARIANCES:
             raise unknown("reverse variance", variance, VARIANCES)
-        if variance == "optimal":
-            raise OptionError("reverse variance 'optimal' needs Var[x_0|x_t], which no network gives: use 'beta'")
+        if variance == "optimal" and not getattr(net, "posterior", False):
+            raise OptionError(
+                "reverse variance 'optimal' needs Var[x_0|x_t], which only a network with a posterior over levels "
+                "gives: --set unet.posterior=true, or use 'beta'"
+            )
+        if variance == "learned" and not getattr(net, "variance", False):
+            raise OptionError(
+                "reverse variance 'learned' needs a network that puts one out: --set unet.variance=true (or "
+                "mlp.variance), or use 'beta'"
+            )
+        if decoder not in likelihood.DECODERS:
+            raise unknown("decoder", decoder, likelihood.DECODERS)
         if chain < 2:
             raise OptionError(f"a chain needs at least 2 steps to be trained, received {chain}")
-        self.facts, self.process, self.variance, self.chain = facts, process, variance, chain
+        self.facts, self.process, self.variance = facts, process, variance
+        self.decoder, self.chain = decoder, chain
         self.network = NetworkDenoiser(net, process, predicts)
         times = samplers.grid(process, chain).flip(0)
         probability, self._weight = WEIGHTINGS[weighting](self.network, times)
-        self._times, self._cumulative = times, (probability / probability.sum()).cumsum(0)
+        self._times, self._probability = times, probability / probability.sum()
+        self._cumulative, self._mixed = self._probability.cumsum(0), weighting != "bound"
 
     @property
     def denoiser(self) -> Denoiser:
@@ -121,8 +166,32 @@ class Diffusion(nn.Module):
         step = torch.searchsorted(self._cumulative, u, right=True).clamp(max=self.chain - 1)
         t, weight = self._times[step], self._weight[step]
         x_t, _ = self.process.marginal(x_0, t, rows)
+        if self.variance == "learned":
+            return self._hybrid(x_0, x_t, step, weight, self._labels(batch))
         error = (self.network(x_t, t, self._labels(batch)) - x_0).square().flatten(1).mean(1)
         return (weight.to(error) * error).mean()
+
+    def _hybrid(self, x_0: Tensor, x_t: Tensor, step: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
+        """The bound per dimension, which teaches the reverse variance; by itself, or with the weighted squared error.
+
+        L = w_t ||x_0 - x_0_hat||^2 / D + 0.001 L_vlb / D, where no gradient of L_vlb reaches the guess. Of L_vlb a
+        middle term is drawn for each example; the decoder is taught by none, and takes what the first of them learn.
+
+        Reference: Nichol & Dhariwal (2021), eqs. 15 and 16.
+        """
+        guess, fraction = self.network.halves(x_t, self._times[step], labels)
+        later = step.clamp(min=1)  # the first step has no middle term: what is computed for it is not counted
+        s, t = self._times[later - 1], self._times[later]
+        wide, narrow = self.process.transition(s, t)[1], self.process.posterior_coefficients(s, t)[2]
+        wide, narrow = per_example(wide, x_0), per_example(narrow, x_0)
+        var = wide * (narrow / wide) ** (1 - fraction)
+        nats = likelihood.term(self.process, x_0, guess.detach() if self._mixed else guess, var, s, t)
+        share = torch.where(step > 0, 1 / self._probability[later], 0.0).to(nats)
+        bound = (share * nats / x_0[0].numel()).mean()
+        if not self._mixed:
+            return bound
+        error = (guess - x_0).square().flatten(1).mean(1)
+        return (weight.to(error) * error).mean() + HYBRID * bound
 
     def _labels(self, batch: Batch) -> Tensor | None:
         """The labels of a batch that the network is told, if it knows classes: all but a tenth of them.
@@ -175,22 +244,33 @@ class Diffusion(nn.Module):
         return sampler.path(self.given(labels), noise, times, rng=each, **options)
 
     def bound(
-        self, x: Tensor, *, rng: Seeds = 0, start: int = 0, draws: int | None = None, steps: Tensor | None = None
+        self, x: Tensor, *, rng: Seeds = 0, start: int = 0, denoiser: Denoiser | None = None, **options: Any
     ) -> likelihood.Bound:
-        """The variational bound of examples start, start + 1, ... in the data's units; see `likelihood.bound`.
+        """The variational bound of examples start, start + 1, ... in the data's units.
 
+        Of the denoiser, chain, reverse variance and decoder of this model, unless `options` of `likelihood.bound` say
+        otherwise.
         Its nats are of the data as given: a discrete probability when there are levels, else a density in data units.
         """
+        own: dict[str, Any] = {"steps": self.chain, "variance": self.variance, "decoder": self.decoder}
+        x_0, each = self.facts.scale.forward(x).to(self.device), streams(rng, len(x), start=start)
         result = likelihood.bound(
-            self.denoiser,
-            self.facts.scale.forward(x).to(self.device),
-            self.chain if steps is None else steps,
-            rng=streams(rng, len(x), start=start),
-            draws=draws,
-            variance=self.variance,
-            levels=self.facts.levels,
+            denoiser or self.denoiser, x_0, rng=each, levels=self.facts.levels, **(own | options)
         ).cpu()
         return result if self.facts.levels else result.shifted(-self.facts.scale.log_det(self.facts.shape))
+
+    def flow(self, x: Tensor, *, rng: Seeds = 0, start: int = 0, **options: Any) -> flow.FlowLikelihood:
+        """The likelihood of examples start, start + 1, ... by the probability-flow ODE; see `flow.flow_likelihood`.
+
+        It begins where `flow.DEQUANTIZATIONS` says, but at no less noise than the first step of the chain has.
+        """
+        levels, scheme = self.facts.levels, options.get("dequantization", "truncated-normal")
+        if "log_snr_max" not in options and scheme in flow.DEQUANTIZATIONS:
+            seen = float(self.process.log_snr(self._times[0]))
+            options["log_snr_max"] = min(seen, flow.starts_at(scheme, levels))
+        x_0, each = self.facts.scale.forward(x).to(self.device), streams(rng, len(x), start=start)
+        result = flow.flow_likelihood(self.denoiser, x_0, rng=each, levels=levels, **options)
+        return result if levels else result.shifted(-self.facts.scale.log_det(self.facts.shape))
 
     def log_prob(self, x: Tensor, *, rng: Seeds = 0) -> Density:
         """A lower bound on log p(x) in nats, from all terms of the chain with one draw of noise each."""

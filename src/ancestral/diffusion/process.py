@@ -363,6 +363,21 @@ def straight() -> Process:
     return Process(lambda t: 2 * (torch.log1p(-t) - t.log()), "straight")
 
 
+def log_linear(log_snr_max: float = 13.3, log_snr_min: float = -8.0, knee: float = 1e-4) -> Process:
+    """Variance-preserving, with the log-SNR linear in time, from where noise is finer than a level of the data.
+
+    log_snr(t) = log_snr_max - (log_snr_max - log_snr_min) t + 2 log(1 + knee / t)
+
+    A chain of T steps, T well below 1 / knee, starts at log_snr_max: at 13.3 noise has a sixth of the width of one of
+    256 levels, so that nothing is left for finer steps to tell. Below the knee the curve goes on to the data as other
+    schedules do.
+
+    Reference: Kingma et al. (2021), appendix B, for the ends; section 5.1, for why the shape between them only matters
+    to the variance of an estimate.
+    """
+    return Process(lambda t: log_snr_max - (log_snr_max - log_snr_min) * t + 2 * torch.log1p(knee / t))
+
+
 SCHEDULES: dict[str, Callable[..., Process]] = {
     "linear": linear,
     "scaled-linear": scaled_linear,
@@ -370,6 +385,7 @@ SCHEDULES: dict[str, Callable[..., Process]] = {
     "sigmoid": sigmoid,
     "edm": edm,
     "straight": straight,
+    "log-linear": log_linear,
 }
 
 

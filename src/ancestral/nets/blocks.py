@@ -36,37 +36,6 @@ class NoiseEmbedding(nn.Module):
         return out + self.label(untold if labels is None else labels)
 
 
-class LevelPhases(nn.Module):
-    """Where each value lies within its level, as sines and cosines that fade where noise hides it.
-
-    For y = x_t / alpha_t, which is x_0 plus noise of standard deviation rho = sigma_t / alpha_t, and the periods
-    P = D, 2D, 4D, ... of the spacing D between levels: sin(2 pi y / P) and cos(2 pi y / P), each times the factor
-    exp(-(2 pi rho / P)^2 / 2) by which such noise shrinks its mean. From the first of them a network can round to a
-    level, which from the value alone it would have to learn as a staircase.
-
-    Reference: Kingma et al. (2021), appendix C, for Fourier features of the input; the fading is ours.
-
-    Args:
-        levels: number of levels in [-1, 1].
-        octaves: number of periods.
-    """
-
-    def __init__(self, levels: int, octaves: int) -> None:
-        super().__init__()
-        spacing = 2 / (levels - 1)
-        self.frequencies = [2 * math.pi / (spacing * 2**octave) for octave in range(octaves)]
-
-    def forward(self, x_BCHW: Tensor, log_snr: Tensor) -> Tensor:
-        """Unit-variance input (B, C, H, W), (B,) -> (B, C (1 + 2 octaves), H, W), the input first."""
-        rho_squared = (-log_snr).exp()[:, None, None, None]
-        y = x_BCHW * (1 + rho_squared).sqrt()
-        features = [x_BCHW]
-        for frequency in self.frequencies:
-            fade = (-0.5 * frequency**2 * rho_squared).exp()
-            features += [fade * (frequency * y).sin(), fade * (frequency * y).cos()]
-        return torch.cat(features, 1)
-
-
 def zeroed(layer: nn.Module) -> nn.Module:
     """The layer with all parameters zero, so that the branch it ends starts as nothing."""
     for parameter in layer.parameters():

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ancestral.errors import OptionError
-from ancestral.nets.blocks import LevelPhases, NoiseEmbedding, zeroed
+from ancestral.nets.blocks import NoiseEmbedding, zeroed
+from ancestral.nets.levels import LevelPhases
 from ancestral.nets.precision import lowered
 
 

@@ -17,24 +17,33 @@ class MLP(nn.Module):
         shape: of one example; flattened inside.
         width: hidden features.
         depth: residual layers.
+        variance: put out a reverse variance too, see `denoise.reverse`.
 
     Example:
         >>> MLP((2,), width=32, depth=2)(torch.zeros(5, 2), torch.zeros(5)).shape
         torch.Size([5, 2])
     """
 
-    def __init__(self, shape: tuple[int, ...], width: int = 256, depth: int = 4) -> None:
+    def __init__(self, shape: tuple[int, ...], width: int = 256, depth: int = 4, variance: bool = False) -> None:
         super().__init__()
-        dims = torch.Size(shape).numel()
+        dims, self.variance = torch.Size(shape).numel(), variance
         self.embedding = NoiseEmbedding(width)
         self.enter = nn.Linear(dims, width)
         self.modulations = nn.ModuleList(zeroed(nn.Linear(width, 2 * width)) for _ in range(depth))
         self.first = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.second = nn.ModuleList(zeroed(nn.Linear(width, width)) for _ in range(depth))
-        self.leave = zeroed(nn.Linear(width, dims))
+        self.leave = zeroed(nn.Linear(width, dims * (1 + variance)))
 
     def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
         """(B, *shape), (B,) -> (B, *shape)."""
+        return self._put_out(x, log_snr)[:, : x[0].numel()].reshape(x.shape)
+
+    def halves(self, x: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the reverse variance of each value as a number about 0, where one is put out."""
+        first, second = self._put_out(x, log_snr).chunk(2, 1)
+        return first.reshape(x.shape), second.reshape(x.shape)
+
+    def _put_out(self, x: Tensor, log_snr: Tensor) -> Tensor:
         embedding_BE = self.embedding(log_snr)
         h_BE = self.enter(x.flatten(1))
         for modulation, first, second in zip(self.modulations, self.first, self.second, strict=True):
@@ -42,4 +51,4 @@ class MLP(nn.Module):
             hidden = F.layer_norm(first(F.silu(h_BE)), (h_BE.shape[1],))
             h_BE = h_BE + second(F.silu(torch.addcmul(shift, hidden, 1 + scale)))
         out: Tensor = self.leave(F.silu(h_BE))
-        return out.reshape(x.shape)
+        return out

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ancestral.errors import OptionError
 from ancestral.nets.blocks import (
     Attention,
-    LevelPhases,
     NoiseEmbedding,
     ResidualBlock,
     ResidualStack,
     modulated_norm_,
     zeroed,
 )
+from ancestral.nets.levels import LevelPhases, level_posterior
 from ancestral.nets.precision import lowered
 
 
@@ -36,11 +37,13 @@ class UNet(nn.Module):
         classes: that labels may name; None without labels.
         levels: of the data, whose phases are added to the input; None for real-valued data.
         octaves: how many, see `LevelPhases`.
+        posterior: put out E[x_0 | x_t] by Bayes' rule from a prior over the levels, see `level_posterior`.
+        variance: put out a reverse variance too, see `denoise.reverse`; not with a posterior, which has its own.
         attention: whether the lowest level attends over its pixels.
         precision: "float32", "bfloat16" (weights stay float32), or "auto": bfloat16 where the hardware has it.
 
     Raises:
-        OptionError: if the precision is unknown.
+        OptionError: if the precision is unknown, or there is to be a posterior and there are no levels.
 
     Example:
         >>> UNet(3, width=16, multipliers=(1, 2))(torch.zeros(2, 3, 7, 5), torch.zeros(2)).shape
@@ -56,11 +59,16 @@ class UNet(nn.Module):
         classes: int | None = None,
         levels: int | None = None,
         octaves: int = 3,
+        posterior: bool = False,
+        variance: bool = False,
         attention: bool = True,
         precision: str = "auto",
     ) -> None:
         super().__init__()
+        if posterior and (levels is None or variance):
+            raise OptionError("a posterior over levels needs data that has levels, and no variance=true beside it")
         self.lowered, self.classes = lowered(precision), classes
+        self.posterior, self.variance = posterior, variance
         features, widths = 4 * width, [width * m for m in multipliers]
         self.embedding = NoiseEmbedding(features, classes)
         self.phases = LevelPhases(levels, octaves) if levels else None
@@ -72,7 +80,8 @@ class UNet(nn.Module):
         self.middle = ResidualBlock(widths[-1], widths[-1])
         self.up = nn.ModuleList(ResidualStack(here, here, blocks) for here in reversed(widths))
         self.grow = nn.ModuleList(nn.Conv2d(b, a, 1, bias=False) for b, a in pairwise(reversed(widths)))
-        self.leave = zeroed(nn.Conv2d(widths[0], channels, 3, padding=1))
+        put_out = (channels * (levels or 1), 1) if posterior else (channels * (1 + variance), 3)
+        self.leave = zeroed(nn.Conv2d(widths[0], *put_out, padding="same"))
         in_turn = [block.channels for block in self.modules() if isinstance(block, ResidualBlock)]
         self.shares = [2 * channels for channels in [*in_turn, widths[0]]]
         self.modulation = zeroed(nn.Linear(features, sum(self.shares)))
@@ -80,6 +89,20 @@ class UNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor, log_snr: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,), labels (B,) -> (B, C, H, W), float32. Without labels, of all classes together."""
+        if self.posterior:
+            return self.moments(x_BCHW, log_snr, labels)[0]
+        return self._put_out(x_BCHW, log_snr, labels)[:, : x_BCHW.shape[1]]
+
+    def moments(self, x_BCHW: Tensor, log_snr: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """E[x_0 | x_t] and Var[x_0 | x_t] of each value, where a posterior is put out; see `level_posterior`."""
+        return level_posterior(self._put_out(x_BCHW, log_snr, labels), x_BCHW, log_snr)
+
+    def halves(self, x_BCHW: Tensor, log_snr: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the reverse variance of each value as a number about 0, where one is put out."""
+        first, second = self._put_out(x_BCHW, log_snr, labels).chunk(2, 1)
+        return first, second
+
+    def _put_out(self, x_BCHW: Tensor, log_snr: Tensor, labels: Tensor | None) -> Tensor:
         with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=self.lowered):
             modulations = iter(self.modulation(self.embedding(log_snr, labels)).split(self.shares, 1))
             if self.phases:

@@ -10,6 +10,7 @@ RUN/averages/step-*/     averages of the weights of two lengths, from which any 
 """
 
 import json
+import os
 import re
 import shutil
 import warnings
@@ -255,7 +256,10 @@ def put_aside(run: Path, after: int) -> None:
     """Rename the checkpoints beyond a step, which are damaged, so that they are no longer taken for checkpoints."""
     for path in checkpoints(run):
         if step_of(path) > after:
-            path.rename(path.with_name(f"damaged-{path.name}"))
+            names = (
+                path.with_name(f"damaged-{path.name}{suffix}") for suffix in ("", *(f"-{i}" for i in range(2, 99)))
+            )
+            path.rename(next(name for name in names if not name.exists()))
 
 
 def step_of(path: Path) -> int:
@@ -296,7 +300,15 @@ def _average_name(length: float) -> str:
 
 
 def _tensors(tensors: Tensors) -> durable.Writer:
-    return lambda file: save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+    def write(file: Path) -> None:
+        try:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file)
+        except SafetensorError as error:
+            if found := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(found[1]), os.strerror(int(found[1])), str(file)) from error
+            raise
+
+    return write
 
 
 def _text(file: Path, text: str) -> None:

@@ -112,7 +112,7 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         """Everything in it by name: PLAYER/weights/..., PLAYER/average-LENGTH/..., PLAYER/optimiser/INDEX/...
 
-        Where it is divided among processes, all of them have to ask.
+        Where it is divided among processes, all of them have to ask, and the first is given it.
         """
         found: dict[str, Tensor] = {}
         for name, player in self.players.items():
@@ -121,7 +121,12 @@ class State:
                 found |= {average_key(name, length) + key: value for key, value in average.module.state_dict().items()}
             for index, moments in self.optimisers[name].state_dict()["state"].items():
                 found |= {f"{name}/optimiser/{index}/{key}": value for key, value in moments.items()}
-        return {key: whole(value.detach()) for key, value in found.items()}
+        tensors: dict[str, Tensor] = {}
+        for key, value in found.items():
+            gathered = whole(value.detach())
+            if self.group.first:
+                tensors[key] = gathered
+        return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take in what `tensors` gave, on whatever devices, divided among whatever number of processes.
@@ -238,6 +243,8 @@ def steps(
         Diverged: before the optimiser moves, if a loss or a gradient is not finite.
     """
     section, group, seconds = state.section, state.group, 0.0
+    if group.count > 1 and start < total:
+        _settle(state, data, seed)
     for step in range(start + 1, total + 1):
         began = time.perf_counter()
         shares = list(parts(state, data, seed, step))
@@ -268,6 +275,20 @@ def steps(
         yield Record(step, loss, norm, lr, seconds)
         if halt:
             return
+
+
+def _settle(state: State, data: Data, seed: int) -> None:
+    """Take gradients that are thrown away: joined processes choose the order in which they add them up after the first.
+
+    Without it a run that goes on would add its first gradients in another order than one that was not stopped.
+    """
+    shares = list(parts(state, data, seed, 1))
+    for order, (name, player) in enumerate(state.players.items()):
+        for x, labels, first, last in shares:
+            with apart(state.objectives[name], last < shares[-1][-1]):
+                rows = Rows((seed, PURPOSES["noise"], 1, order), state.section.batch, first, last)
+                state.objectives[name](Batch(x, rows, labels)).backward()
+        player.module.zero_grad(set_to_none=True)
 
 
 @torch.no_grad()

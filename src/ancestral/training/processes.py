@@ -36,12 +36,14 @@ class Processes:
     Attributes:
         rank: which one this is; the first, 0, is the only one that writes.
         count: how many there are.
+        local: how many of them share this machine and its memory.
         device: where this one computes.
     """
 
     rank: int = 0
     count: int = 1
     device: torch.device = CPU
+    local: int = 1
 
     @property
     def first(self) -> bool:
@@ -131,7 +133,7 @@ def join() -> Iterator[Processes]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
     try:
-        yield Processes(rank, count, device)
+        yield Processes(rank, count, device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, distributed.DistError):
             raise

@@ -36,7 +36,6 @@ from ancestral.diffusion.model import Diffusion
 from ancestral.errors import Diverged, NoSpace, RunError, Stopped
 from ancestral.training import average, checkpoint, durable, loop
 from ancestral.training.loop import Record, State
-from ancestral.training.processes import Processes
 from ancestral.training.recipes import Setup
 
 SHOWN, POINTS = 64, 2000
@@ -89,7 +88,11 @@ class Run:
             Diverged: naming the last good checkpoint.
         """
         first, step, began = self.state.group.first, self.done, time.perf_counter()
-        schedule = _Schedule.of(self.setup)
+        before, schedule = self.record.get("seconds", 0.0), _Schedule.of(self.setup)
+
+        def took() -> float:
+            return round(before + time.perf_counter() - began, 1)
+
         try:
             rows = self._rewind() if first else []
             if first and self.done < self.total:
@@ -102,25 +105,28 @@ class Run:
                 yield record
             if step < self.total:
                 raise Stopped(f"{self.path}: stopped after step {step} of {self.total}; {self.again}")
-            self._finish(time.perf_counter() - began)
+            self._finish(took())
             self.state.group.wait()
         except (Stopped, GeneratorExit):
             if step not in schedule.checkpoints:
-                self._checkpoint(self.state.tensors(), step, None)
-            self._status("stopped", steps=step)
+                tensors = self.state.tensors()
+                if first:
+                    durable.write(self.path / "metrics.jsonl", "".join(rows).encode())
+                self._checkpoint(tensors, step, None)
+            self._status("stopped", steps=step, seconds=took())
             raise
         except Diverged as error:
             good = checkpoint.checkpoints(self.path)[-1]
             reason = f"{error}; {good} is the last good checkpoint"
-            self._status("diverged", steps=step, reason=reason)
+            self._status("diverged", steps=step, seconds=took(), reason=reason)
             raise Diverged(reason) from None
         except KeyboardInterrupt:
             with suppress(OSError, NoSpace):
-                self._status("stopped", steps=step)
+                self._status("stopped", steps=step, seconds=took())
             raise
         except BaseException as error:
             with suppress(OSError, NoSpace):
-                self._status("failed", steps=step, reason=str(error) or type(error).__name__)
+                self._status("failed", steps=step, seconds=took(), reason=str(error) or type(error).__name__)
             raise
         finally:
             if self.lock:
@@ -135,7 +141,7 @@ class Run:
     def rounding(self) -> str | None:
         """What has changed since the last session so that the result is the same up to rounding, and not to the bit."""
         last = self.record["sessions"][-1] if self.record["sessions"] else {}
-        now = _machine(self.state.group)
+        now = self._machine()
         changed = [f"{key} {last[key]} -> {now[key]}" for key in now if key in last and last[key] != now[key]]
         return ", ".join(changed) or None
 
@@ -193,12 +199,12 @@ class Run:
         return kept
 
     def _finish(self, seconds: float) -> None:
-        final, seconds, tensors = self.path / "final", self.record.get("seconds", 0) + seconds, self.state.tensors()
+        final, tensors = self.path / "final", self.state.tensors()
         if not self.state.group.first:
             return
         if durable.fault(final, {checkpoint.WEIGHTS, checkpoint.MODEL}):
             checkpoint.save_final(final, tensors, self.setup, self.data.facts, self.total, self._card(seconds))
-        self._status("finished", steps=self.total, seconds=round(seconds, 1))
+        self._status("finished", steps=self.total, seconds=seconds)
 
     def _status(self, status: str, **more: Any) -> None:
         if self.state.group.first:
@@ -211,7 +217,23 @@ class Run:
             "argv": list(self.argv),
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "python": platform.python_version(),
-            **_machine(self.state.group),
+            **self._machine(),
+        }
+
+    def _machine(self) -> dict[str, Any]:
+        """What equal bits depend on beside the data and the seed, and may be another when a run goes on."""
+        device = self.state.group.device
+        lowered = any(getattr(module, "lowered", False) for module in self.model.modules())
+        return {
+            "version": version("ancestral"),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else torch.backends.cpu.get_cpu_capability(),
+            "bfloat16": lowered,
+            "processes": self.state.group.count,
+            "accumulate": self.setup.training.accumulate,
+            "threads": torch.get_num_threads(),
         }
 
     def _pace(self, record: Record) -> dict[str, Any]:
@@ -269,17 +291,6 @@ def reload(run: Path, progress: Progress | None = None) -> Data:
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{path}: does not say what the run was trained on; name the data with --data") from None
     return sources.load(source, size=size, on_bad=on_bad, progress=progress)
-
-
-def _machine(group: Processes) -> dict[str, Any]:
-    """What equal bits depend on beside the set-up, the data and the seed."""
-    return {
-        "version": version("ancestral"),
-        "torch": torch.__version__,
-        "device": group.device.type,
-        "processes": group.count,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def _metrics(record: Record) -> dict[str, Any]:

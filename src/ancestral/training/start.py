@@ -106,7 +106,7 @@ def plan(
     model = recipes.build(setup, data.facts, seed).to(group.device)
     cost = resources.cost(model, setup, data)  # a set-up that cannot run fails here
     at_a_time = setup.training.batch // (group.count * setup.training.accumulate)
-    resources.refuse_if_too_large(cost, at_a_time, resources.available_memory())
+    resources.refuse_if_too_large(cost, at_a_time, min(group.gathered(resources.available_memory())) // group.local)
     seconds = None
     if setup.training.steps is None or measure:
         wanted = (setup.training.minutes or 1.0) * 60
@@ -303,6 +303,9 @@ def _go_on(
     run = _ready(path, data, wanted, model, state, seed, record, argv)
     try:
         if group.first:
+            record.update(
+                json.loads((path / "run.json").read_bytes())
+            )  # another command may have worked on it meanwhile
             durable.sweep(path)
         found = group.told(checkpoint.newest(path) if group.first else None)
         assert found is not None

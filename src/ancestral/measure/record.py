@@ -1,0 +1,139 @@
+"""The record of an evaluation: what `ancestral evaluate --json` prints, with its schema.
+
+Renew the published schema with: python -m ancestral.measure.record > docs/evaluation.schema.json
+"""
+
+import json
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Record(BaseModel):
+    """A frozen part of the record; a key it does not have is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Likelihood(Record):
+    """The variational bound on the negative log-likelihood, averaged over examples.
+
+    `value` is the sum of `prior` (L_T), `diffusion` (the middle terms) and `decoder` (L_0); `stderr` is its standard
+    error over examples and the noise drawn for them: what other examples would change, and what other noise would.
+    """
+
+    value: float
+    stderr: float = Field(ge=0)
+    stderr_examples: float | None = Field(None, ge=0)
+    stderr_noise: float | None = Field(None, ge=0)
+    prior: float
+    diffusion: float
+    decoder: float
+
+
+class Margin(Record):
+    """By how much the model is better than a baseline, paired over the same examples: baseline minus model."""
+
+    value: float
+    stderr: float = Field(ge=0)
+
+
+class Baselines(Record):
+    """Two simple densities, fitted on the training split, over the examples for which the bound speaks."""
+
+    independent_pixels: float
+    gaussian: float
+
+
+class Margins(Record):
+    """The model's margin over each baseline."""
+
+    independent_pixels: Margin
+    gaussian: Margin
+
+
+class Averaged(Record):
+    """The bound under one average of the weights.
+
+    `length` is relative to the run; `residual` is the relative error of its profile, as it was made from snapshots.
+    """
+
+    length: float
+    residual: float
+    likelihood: Likelihood
+
+
+class Comparison(Record):
+    """Another run, and by how much the bound of this one is below its: paired, on the same examples and noise."""
+
+    run: str
+    likelihood: Likelihood
+    better: Margin
+
+
+class OdeLikelihood(Record):
+    """The negative log-likelihood along the probability-flow ODE, averaged over examples.
+
+    `value` is the sum of `prior`, `divergence` and `dequantization`. For data on levels it is an upper bound, with one
+    draw of `scheme` for each example; else it is exact but for the solver's tolerance, or an estimate with `probes` of
+    the divergence. `above` is by how much the variational bound exceeds it on the same examples: for an exact guess it
+    does, up to what dequantization costs, and for a trained one the two belong to different laws.
+    """
+
+    value: float
+    stderr: float = Field(ge=0)
+    prior: float
+    divergence: float
+    dequantization: float
+    kind: Literal["exact", "estimate", "lower bound"]
+    scheme: str | None
+    draws: int
+    probes: int | None
+    n_images: int
+    n_evaluations: int
+    seconds: float
+    above: Margin
+
+
+class Evaluation(Record):
+    """The one object that `ancestral evaluate --json` prints.
+
+    Exactly one of `bits_per_dim` (data on levels) and `nats` (real values, per example) is there; baselines and
+    margins are in the same unit.
+    """
+
+    run: str
+    data: str
+    unit: Literal["bits/dim", "nats"]
+    bits_per_dim: Likelihood | None = None
+    nats: Likelihood | None = None
+    baselines: Baselines
+    margins: Margins
+    estimator: Literal["all-steps", "importance"]
+    limit: bool = Field(description="whether every term is that of infinitely many steps in its place")
+    chain: int = Field(description="steps T of the chain whose bound this is")
+    variance: str = Field(description="of the reverse chain")
+    decoder: str = Field(description="what turns the last step into probabilities of levels")
+    best: bool = Field(False, description="whether it is the best of all sub-chains of so many steps")
+    respaced: bool = Field(description="whether the model was trained for other steps, so this is another one's bound")
+    tolerance: float | None = Field(None, description="standard error that was asked for")
+    seed: int
+    n_images: int = Field(description="held-out examples that were measured")
+    n_held_out: int = Field(description="held-out examples for which they speak")
+    n_evaluations: int = Field(description="of the network, over all examples")
+    seconds: float
+    artifacts: dict[str, str]
+    ode: OdeLikelihood | None = Field(None, description="along the probability-flow ODE, if it was asked for")
+    comparison: Comparison | None = Field(None, description="with another run, if one was named")
+    ema: list[Averaged] | None = Field(None, description="the averages of the weights that were asked for")
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Whichever of the two units is there."""
+        found = self.bits_per_dim or self.nats
+        assert found is not None
+        return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(Evaluation.model_json_schema(), indent=2))  # noqa: T201

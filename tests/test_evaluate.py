@@ -1,0 +1,137 @@
+"""Measuring held-out data: regression on what is known of all, tolerances, comparisons."""
+
+import numpy as np
+import pytest
+import torch
+
+from ancestral.data import load
+from ancestral.diffusion.likelihood import estimate
+from ancestral.errors import OptionError
+from ancestral.measure import flow
+from ancestral.measure.evaluate import evaluate, regressed
+from ancestral.rng import stream
+from ancestral.training import recipes
+from ancestral.training.loop import State, steps
+
+QUICK = ["unet.width=8", "unet.blocks=1", "unet.octaves=0", "diffusion.chain=40"]
+DIGITS = load("digits")
+
+
+@pytest.fixture(scope="module")
+def model():
+    setup = recipes.change(recipes.digits(DIGITS.facts), [*QUICK, "training.rate=5e-3", "training.warmup=5"])
+    model = recipes.build(setup, DIGITS.facts)
+    for _ in steps(State(model, setup.training), DIGITS, 80, seed=0):
+        pass
+    return model.eval()
+
+
+def counted(model):
+    """Examples that the network was asked for, as it is asked."""
+    asked = []
+    handle = model.network.register_forward_hook(lambda _, inputs, __: asked.append(len(inputs[0])))
+    return asked, handle
+
+
+def test_what_was_measured_on_a_few_speaks_for_all_with_its_own_error():
+    """Over 400 choices of 60 from 2,000, the regression is unbiased, with the error it states, below the plain one."""
+    draw = stream(0)
+    controls = torch.from_numpy(draw.normal(size=(2000, 2))) * torch.tensor([3.0, 1.0])
+    y = controls @ torch.tensor([1.0, -2.0]).double() + torch.from_numpy(draw.normal(size=2000))
+    found, plain = [], []
+    for i in range(400):
+        chosen = torch.from_numpy(stream(1, i).permutation(2000)[:60])
+        found.append(regressed(y[chosen][:, None], controls, chosen))
+        plain.append(estimate(y[chosen][:, None]))
+    errors = torch.tensor([each.value for each in found]) - float(y.mean())
+    within = (
+        torch.tensor([each.stderr**2 for each in found])
+        - float(controls.double().mul(torch.tensor([1.0, -2.0])).sum(1).var()) / 2000
+    )
+    assert abs(float(errors.mean())) < 4 * float(errors.std()) / 20
+    assert float(within.mean().sqrt() / errors.std()) == pytest.approx(1, abs=0.15)
+    assert float(errors.std()) < 0.4 * np.mean([each.stderr for each in plain])
+
+
+def test_what_was_measured_on_all_is_their_plain_mean():
+    y, controls = torch.randn(100, 2), torch.randn(100, 2)
+    assert regressed(y, controls, torch.arange(100)) == estimate(y)
+
+
+def test_a_tolerance_is_reached_with_no_more_examples_than_it_takes(model, monkeypatch):
+    """And every evaluation of the network is counted."""
+    monkeypatch.setattr("ancestral.measure.evaluate.FIRST", 40)
+    monkeypatch.setattr("ancestral.measure.evaluate.BATCH", 20)
+    all_of_them = evaluate(model, DIGITS)
+    asked, handle = counted(model)
+    wanted = 1.5 * all_of_them.likelihood().stderr
+    found = evaluate(model, DIGITS, tolerance=wanted)
+    handle.remove()
+    assert found.likelihood().stderr <= wanted
+    assert 40 < len(found.chosen) < len(DIGITS.held_out)
+    assert found.bound.evaluations == sum(asked) < all_of_them.bound.evaluations
+    torch.testing.assert_close(found.bound.prior, all_of_them.bound.prior[: len(found.chosen)])
+
+
+def test_when_all_examples_were_measured_the_noise_comes_below_the_tolerance(model):
+    once = evaluate(model, DIGITS)
+    noise = once.likelihood().stderr_noise
+    again = evaluate(model, DIGITS, tolerance=noise / 2).likelihood()
+    assert again.stderr_noise <= noise / 2
+    assert again.stderr_examples**2 == pytest.approx(once.likelihood().stderr_examples ** 2, abs=noise**2)
+    assert abs(again.value - once.likelihood().value) < 4 * noise
+
+
+def test_parts_add_up_also_when_a_few_speak_for_all(model):
+    found = evaluate(model, DIGITS, n=120).likelihood()
+    assert found.value == pytest.approx(found.prior + found.diffusion + found.decoder, abs=1e-9)
+
+
+def test_a_model_is_no_better_than_itself_and_better_than_one_that_is_worse(model):
+    """Common examples and noise: the difference to itself is zero without error."""
+    one = evaluate(model, DIGITS, n=100)
+    assert (one.over(one).value, one.over(one).stderr) == (0.0, 0.0)
+    worse = recipes.build(recipes.change(recipes.digits(DIGITS.facts), QUICK), DIGITS.facts)
+    with torch.no_grad():
+        worse.network.net.leave.bias.fill_(-0.3)
+    margin = one.over(evaluate(worse, DIGITS, n=100))
+    assert margin.value > 5 * margin.stderr > 0
+
+
+def test_the_limit_of_infinitely_many_steps_is_below_any_chain(model):
+    found = {limit: evaluate(model, DIGITS, n=200, limit=limit) for limit in (False, True)}
+    coarse, limit = (found[key].likelihood() for key in (False, True))
+    assert limit.diffusion < coarse.diffusion
+    assert found[True].evaluation(run="", data="", seed=0, artifacts={}).limit
+
+
+def test_the_flow_and_the_bound_are_measured_on_the_same_examples(model):
+    followed, bound = flow.follow(model, DIGITS, n=6), evaluate(model, DIGITS, n=6)
+    assert torch.equal(followed.chosen, bound.chosen)
+    record = followed.likelihood(bound)
+    assert record.value == pytest.approx(record.prior + record.divergence + record.dequantization, abs=1e-6)
+    assert record.above.value == pytest.approx(bound.likelihood().value - record.value, abs=1e-6)
+    assert (record.kind, record.probes) == ("lower bound", flow.PROBES)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan")])
+def test_a_tolerance_that_is_none_is_refused(model, tolerance):
+    with pytest.raises(OptionError, match="positive standard error"):
+        evaluate(model, DIGITS, tolerance=tolerance)
+
+
+def test_the_best_chain_and_variance_are_learnt_after_training(model):
+    """A variance from the residuals is better than a fixed one, and the best 8 of 40 steps than 8 even ones."""
+    values = {
+        (variance, best): evaluate(model, DIGITS, draws=None, steps=8, variance=variance, best=best).likelihood()
+        for variance, best in (("beta", False), ("optimal", False), ("optimal", True))
+    }
+    fixed, learnt, chosen = values.values()
+    assert learnt.value < fixed.value - 3 * fixed.stderr
+    assert chosen.value < learnt.value - 3 * learnt.stderr
+
+
+@pytest.mark.parametrize("options", [{}, {"steps": 41}, {"steps": 8, "variance": "fixed-small"}])
+def test_a_best_chain_that_is_none_is_refused(model, options):
+    with pytest.raises(OptionError, match="the best chain is one of 1 to 40 steps"):
+        evaluate(model, DIGITS, best=True, **({"variance": "optimal"} | options))
