@@ -132,11 +132,20 @@ def test_the_doctor_says_what_to_mend():
     assert found["usable_cores"] >= 1
     assert found["available_memory_gib"] <= found["memory_gib"]
     assert found["convolution_gflop_per_second"]["float32"] > 0
-    well = {**found, "threads": 4, "usable_cores": 4, "bfloat16": True, "free_disk_gib": 9, "available_memory_gib": 9}
+    well = {
+        **found,
+        "threads": 4,
+        "usable_cores": 4,
+        "cores": 4,
+        "bfloat16": True,
+        "free_disk_gib": 9,
+        "available_memory_gib": 9,
+    }
     assert doctor.warnings(well) == []
+    assert doctor.warnings({**well, "usable_cores": 8}) == []  # two threads a core
     for change, said in [
-        ({"threads": 8}, "set OMP_NUM_THREADS=4"),
-        ({"threads": 1}, "unset OMP_NUM_THREADS"),
+        ({"threads": 8}, "wait for each other: set OMP_NUM_THREADS=4"),
+        ({"threads": 1}, "idle: set OMP_NUM_THREADS=4"),
         ({"bfloat16": False}, "no bfloat16 in hardware"),
         ({"free_disk_gib": 0.3}, "another place with --to"),
         ({"available_memory_gib": 1.0}, "--preset tiny"),

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ancestral.apps.progress import Progress
     from ancestral.data import Data, Facts
     from ancestral.diffusion.model import Diffusion
-    from ancestral.training.processes import Processes
-    from ancestral.training.start import Plan
 
 app = typer.Typer(
     name="ancestral",
@@ -76,6 +74,7 @@ def train(
 ) -> None:
     """Train a model on DATA and write a run directory; the same command again goes on where it stopped."""
     with _guarded(as_json, debug):
+        from ancestral.apps import output
         from ancestral.apps.progress import Progress
         from ancestral.training import processes, start
 
@@ -97,7 +96,12 @@ def train(
             if dry_run:
                 about = _given(data, resume, to)
                 planned = start.plan(about, group=group, progress=progress.update, measure=True, **wishes)
-                _print_plan(planned, as_json, group)
+                lines, told = output.plan_told(planned, group)
+                if group.first:
+                    for line in lines:
+                        _Sayer(as_json)(line)
+                    if as_json:
+                        _print_json(**told)
                 return
             run = start.prepare(data, to=to, resume=resume, argv=argv, group=group, progress=progress.update, **wishes)
             say = _Sayer(as_json, run, quiet=not group.first)
@@ -446,39 +450,6 @@ def _data_of(run: Path, data: str | None, model: "Diffusion", progress: "Progres
     if examples.facts.digest != model.facts.digest:
         say(f"note: {examples.facts.name} has changed since the run: what is held out may have been learnt from")
     return examples
-
-
-def _print_plan(planned: "Plan", as_json: bool, group: "Processes") -> None:
-    """What a run would take. Nothing was written."""
-    from ancestral.training import resources
-
-    if not group.first:
-        return
-    setup, cost, seconds = planned.setup, planned.cost, planned.seconds_per_step or 0.0
-    total = setup.training.steps or 0
-    memory = cost.memory(setup.training.batch // (group.count * setup.training.accumulate))
-    available, disk, free = resources.available_memory(), cost.disk(setup), resources.free_disk(Path())
-    say, gib = _Sayer(as_json), 2**30
-    say(planned.data.description)
-    say(f"recipe {setup.recipe}: {cost.parameters:,} parameters, {cost.flops / 1e9:.4f} GFLOP forward an example")
-    say(f"{total:,} steps of {setup.training.batch} at {seconds:.4f} s: {seconds * total / 60:.1f} minutes")
-    say(f"memory: about {memory / gib:.2f} GiB, and {available / gib:.1f} are to be had")
-    say(f"disk: at most {disk / gib:.2f} GiB, and {free / gib:.1f} are free; nothing was written")
-    record = {
-        "recipe": setup.recipe,
-        "parameters": cost.parameters,
-        "gflop_per_example": cost.flops / 1e9,
-        "steps": total,
-        "batch": setup.training.batch,
-        "seconds_per_step": round(seconds, 6),
-        "eta_seconds": round(seconds * total, 1),
-        "memory_bytes": memory,
-        "available_memory_bytes": available,
-        "disk_bytes": disk,
-        "free_disk_bytes": free,
-    }
-    if as_json:
-        _print_json(**record, setup=setup.model_dump(mode="json"))
 
 
 def _given(data: str | None, resume: Path | None, to: Path | None) -> str:

@@ -47,16 +47,14 @@ def doctor(folder: Path = Path()) -> dict[str, Any]:
 
 def warnings(found: dict[str, Any]) -> list[str]:
     """What about a machine slows training down or endangers a run, each with what to do."""
-    said = []
+    said, wanted = [], min(found["usable_cores"], found["cores"])  # two threads on one core share its units
     if found["threads"] > found["usable_cores"]:
         said.append(
             f"{found['threads']} threads on {found['usable_cores']} usable cores wait for each other: "
             f"set OMP_NUM_THREADS={found['usable_cores']}"
         )
-    if found["threads"] < found["usable_cores"]:
-        said.append(
-            f"{found['threads']} threads leave some of {found['usable_cores']} usable cores idle: unset OMP_NUM_THREADS"
-        )
+    if found["threads"] < wanted:
+        said.append(f"{found['threads']} threads leave some of {wanted} cores idle: set OMP_NUM_THREADS={wanted}")
     if not found["bfloat16"]:
         said.append("no bfloat16 in hardware: training runs in float32, at about half the speed")
     if found["free_disk_gib"] < 1:

@@ -1,4 +1,4 @@
-"""What the verbs leave behind: sample files that carry their recipe, and the lines of an evaluation."""
+"""What the verbs leave behind and say: sample files that carry their recipe, a plan, the lines of an evaluation."""
 
 import json
 import time
@@ -16,7 +16,9 @@ from ancestral.data import Facts, draw
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.sample import Sampler
 from ancestral.measure.record import Evaluation, Likelihood
+from ancestral.training import resources
 from ancestral.training.processes import ALONE, Processes
+from ancestral.training.start import Plan
 
 BATCH = 64
 FRAMES = 40
@@ -106,6 +108,37 @@ def fresh(folder: Path, stem: str) -> Path:
     while f"{stem}-{number:04d}" in taken:
         number += 1
     return folder / f"{stem}-{number:04d}"
+
+
+def plan_told(planned: Plan, group: Processes) -> tuple[list[str], dict[str, Any]]:
+    """What a run would take, as a person reads it and as a record. Nothing was written."""
+    setup, cost, seconds = planned.setup, planned.cost, planned.seconds_per_step or 0.0
+    total = setup.training.steps or 0
+    memory = cost.memory(setup.training.batch // (group.count * setup.training.accumulate))
+    available, disk, free = resources.available_memory(), cost.disk(setup), resources.free_disk(Path())
+    gib = 2**30
+    lines = [
+        planned.data.description,
+        f"recipe {setup.recipe}: {cost.parameters:,} parameters, {cost.flops / 1e9:.4f} GFLOP forward an example",
+        f"{total:,} steps of {setup.training.batch} at {seconds:.4f} s: {seconds * total / 60:.1f} minutes",
+        f"memory: about {memory / gib:.2f} GiB, and {available / gib:.1f} are to be had",
+        f"disk: at most {disk / gib:.2f} GiB, and {free / gib:.1f} are free; nothing was written",
+    ]
+    record = {
+        "recipe": setup.recipe,
+        "parameters": cost.parameters,
+        "gflop_per_example": cost.flops / 1e9,
+        "steps": total,
+        "batch": setup.training.batch,
+        "seconds_per_step": round(seconds, 6),
+        "eta_seconds": round(seconds * total, 1),
+        "memory_bytes": memory,
+        "available_memory_bytes": available,
+        "disk_bytes": disk,
+        "free_disk_bytes": free,
+        "setup": setup.model_dump(mode="json"),
+    }
+    return lines, record
 
 
 def evaluation_lines(result: Evaluation) -> list[str]:

@@ -97,7 +97,7 @@ class Measured:
     @property
     def speak_for_all(self) -> bool:
         """Whether the examples that were measured are enough for a regression, or are all there are."""
-        return len(self.chosen) in (len(self.gaussian), *range(ENOUGH, len(self.gaussian)))
+        return len(self.chosen) >= ENOUGH or len(self.chosen) == len(self.gaussian)
 
     def baselines(self) -> Baselines:
         """The mean of each baseline in the data's unit, over the examples for which the bound speaks."""
