@@ -123,6 +123,17 @@ def test_a_model_with_a_posterior_is_measured_with_the_optimal_variance():
     assert gains[5] > 3 * gains[100]
 
 
+@pytest.mark.parametrize("variance", ["fixed-small", "optimal"])
+def test_every_evaluation_of_a_network_is_counted_however_it_is_asked(variance):
+    digits = load("digits")
+    changes = ["unet.width=8", "unet.blocks=1", "unet.posterior=true", "diffusion.predicts=x0"]
+    setup = recipes.change(recipes.digits(digits.facts), [*changes, f"diffusion.variance={variance}"])
+    model = recipes.build(setup, digits.facts)
+    model.sample(3, steps=4)
+    assert model.network.asked == 12
+    assert model.bound(digits.held_out[:5], draws=2).evaluations == model.network.asked - 12
+
+
 def test_what_a_posterior_needs_is_said():
     with pytest.raises(OptionError, match="needs data that has levels"):
         UNet(1, posterior=True)

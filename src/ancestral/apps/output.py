@@ -52,8 +52,7 @@ def draw_samples(
 
     Sample i has its own stream (seed, i), and the batches are the same whatever the number of processes.
     """
-    began, parts, frames, asked = time.perf_counter(), {}, [], []
-    counting = model.network.register_forward_hook(lambda _, inputs, __: asked.append(len(inputs[0])))
+    began, parts, frames, before = time.perf_counter(), {}, [], model.network.asked
     starts = range(0, n, BATCH)
     for start in starts[group.rank :: group.count]:
         size = min(BATCH, n - start)
@@ -64,9 +63,8 @@ def draw_samples(
                 frames.append(model.facts.to_raw(point.x.cpu()))
             progress("sampling", start * steps + size * i, n * steps)
         parts[start] = model.facts.to_raw(point.x.cpu())
-    counting.remove()
     drawn = {start: x for part in group.gathered(parts) for start, x in part.items()}
-    evaluations = sum(group.gathered(sum(asked)))
+    evaluations = sum(group.gathered(model.network.asked - before))
     return Samples(torch.cat([drawn[start] for start in starts]), frames, evaluations, time.perf_counter() - began)
 
 

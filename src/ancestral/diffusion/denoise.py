@@ -111,6 +111,9 @@ class NetworkDenoiser(Denoiser):
         predicts: which row.
         sigma_data: standard deviation of the data in the model's units.
 
+    Attributes:
+        asked: how many examples the network has been given.
+
     Raises:
         OptionError: if the row is unknown, or divides by an alpha that is zero at the end of the process.
     """
@@ -122,6 +125,7 @@ class NetworkDenoiser(Denoiser):
         if getattr(net, "posterior", False) and predicts != "x0":
             raise OptionError(f"a network with a posterior over levels predicts 'x0', received {predicts!r}")
         self.net, self.process, self.predicts, self.sigma_data = net, process, predicts, sigma_data
+        self.asked = 0
         if not torch.stack(self.coefficients(1.0)).isfinite().all():
             raise OptionError(
                 f"predicting {predicts!r} is undefined at t = 1 of this process, where no signal is left (alpha = 0): "
@@ -184,6 +188,7 @@ class NetworkDenoiser(Denoiser):
         else:
             c_noise = self.process.log_snr(t).clamp(LOG_SNR_MIN, -LOG_SNR_MIN).to(x).expand(len(x))
         given = () if labels is None else (labels,)
+        self.asked += len(x)
         with torch.inference_mode(not torch.is_grad_enabled()):  # no_grad, and less is kept in mind of each tensor
             return net(x, c_noise, *given)
 
