@@ -86,7 +86,9 @@ def test_a_model_is_no_better_than_itself_and_better_than_one_that_is_worse(mode
     worse = recipes.build(recipes.change(recipes.digits(DIGITS.facts), QUICK), DIGITS.facts)
     with torch.no_grad():
         worse.network.net.leave.bias.fill_(-0.3)
-    margin = one.over(evaluate(worse, DIGITS, n=100))
+    other = evaluate(worse, DIGITS, n=100, like=one)
+    assert torch.equal(other.bound.steps, one.bound.steps)
+    margin = one.over(other)
     assert margin.value > 5 * margin.stderr > 0
 
 

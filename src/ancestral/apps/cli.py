@@ -252,7 +252,7 @@ def evaluate(
         with processes.join() as group, Progress(quiet=not group.first) as progress:
             say = _Sayer(as_json, quiet=not group.first)
 
-            def measured(model: "Diffusion") -> measuring.Measured:
+            def measured(model: "Diffusion", like: measuring.Measured | None = None) -> measuring.Measured:
                 return measuring.evaluate(
                     model,
                     examples,
@@ -263,6 +263,7 @@ def evaluate(
                     steps=steps,
                     variance=variance,
                     best=best,
+                    like=like,
                     seed=seed,
                     progress=progress.update,
                     group=group,
@@ -278,14 +279,15 @@ def evaluate(
             model = saved.model.to(group.device)
             examples = _data_of(run, data, model, progress, say)
             _warn_of_the_chain(model, examples, say)
-            found = [(each, measured(each.model.to(group.device))) for each in opened]
-            whole, ode, comparison = found[0][1], None, None
+            whole, ode, comparison = measured(model), None, None
+            found = [(saved, whole)]
+            found += [(each, measured(each.model.to(group.device), whole)) for each in opened[1:]]
             if likelihood in ("ode", "both"):
                 ode = flow.follow(model, examples, n=n, seed=seed, progress=progress.update, group=group).likelihood(
                     whole
                 )
             if other:
-                theirs = measured(other.model.to(group.device))
+                theirs = measured(other.model.to(group.device), whole)
                 comparison = record.Comparison(
                     run=str(other.path), likelihood=theirs.likelihood(), better=whole.over(theirs)
                 )

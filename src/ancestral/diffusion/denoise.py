@@ -309,12 +309,19 @@ def reverse(
         raise unknown("reverse variance", variance, VARIANCES)
     process = denoiser.process
     c_t, c_0, beta_tilde = (per_example(c, x_t) for c in process.posterior_coefficients(s, t))
+    if variance == "learned":
+        x_0_hat, fraction = halves(denoiser, x_t, t)
+        return c_t * x_t + c_0 * x_0_hat, between(process, s, t, fraction), x_0_hat
     if variance == "optimal":
         x_0_hat, var_0 = moments(denoiser, x_t, t)
         return c_t * x_t + c_0 * x_0_hat, beta_tilde + c_0**2 * var_0, x_0_hat
-    wide = per_example(process.transition(s, t)[1], x_t)
-    if variance == "learned":
-        x_0_hat, fraction = halves(denoiser, x_t, t)
-        return c_t * x_t + c_0 * x_0_hat, wide * (beta_tilde / wide) ** (1 - fraction), x_0_hat
     x_0_hat = denoiser(x_t, t)
-    return c_t * x_t + c_0 * x_0_hat, beta_tilde if variance == "fixed-small" else wide, x_0_hat
+    var = beta_tilde if variance == "fixed-small" else per_example(process.transition(s, t)[1], x_t)
+    return c_t * x_t + c_0 * x_0_hat, var, x_0_hat
+
+
+def between(process: Process, s: Time, t: Time, fraction: Tensor) -> Tensor:
+    """The learned reverse variance: log Sigma = f log var_{t|s} + (1 - f) log beta~, the shape of f, s < t."""
+    wide = per_example(process.transition(s, t)[1], fraction)
+    beta_tilde = per_example(process.posterior_coefficients(s, t)[2], fraction)
+    return wide * (beta_tilde / wide) ** (1 - fraction)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ancestral.data import Facts
 from ancestral.diffusion import flow, likelihood
 from ancestral.diffusion import sample as samplers
-from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, Given, NetworkDenoiser
-from ancestral.diffusion.process import LOG_SNR_MIN, Process, per_example
+from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, Given, NetworkDenoiser, between
+from ancestral.diffusion.process import LOG_SNR_MIN, Process
 from ancestral.errors import OptionError, unknown
 from ancestral.protocol import Batch, Density, Player
 from ancestral.rng import Seeds, rand, randn, streams
@@ -182,9 +182,7 @@ class Diffusion(nn.Module):
         guess, fraction = self.network.halves(x_t, self._times[step], labels)
         later = step.clamp(min=1)  # the first step has no middle term: what is computed for it is not counted
         s, t = self._times[later - 1], self._times[later]
-        wide, narrow = self.process.transition(s, t)[1], self.process.posterior_coefficients(s, t)[2]
-        wide, narrow = per_example(wide, x_0), per_example(narrow, x_0)
-        var = wide * (narrow / wide) ** (1 - fraction)
+        var = between(self.process, s, t, fraction)
         nats = likelihood.term(self.process, x_0, guess.detach() if self._mixed else guess, var, s, t)
         share = torch.where(step > 0, 1 / self._probability[later], 0.0).to(nats)
         bound = (share * nats / x_0[0].numel()).mean()

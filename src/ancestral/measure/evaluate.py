@@ -63,6 +63,7 @@ class Measured:
         limit: whether every term is that of infinitely many steps.
         variance: of the reverse chain.
         best: whether it is the best of all chains of so many steps.
+        probability: of drawing each middle term; None if all were.
         seconds: it took.
     """
 
@@ -75,12 +76,20 @@ class Measured:
     limit: bool
     variance: str
     best: bool
+    probability: Tensor | None
     seconds: float
 
-    def estimate(self, part: Tensor | None = None) -> Estimate:
-        """Of the mean over all held-out examples, in nats: of what was measured, (B, R), by default the bound."""
+    def estimate(self, part: Tensor | None = None, chosen: Tensor | None = None) -> Estimate:
+        """Of the mean over all held-out examples, in nats: of what was measured, by default the bound.
+
+        Args:
+            part: something else that was measured, shape (n, R).
+            chosen: on which examples, if not those of the bound, shape (n,).
+        """
         controls = torch.stack([self.independent_pixels, self.gaussian], 1)
-        return regressed(self.bound.replicates if part is None else part, controls, self.chosen)
+        return regressed(
+            self.bound.replicates if part is None else part, controls, self.chosen if chosen is None else chosen
+        )
 
     def likelihood(self) -> Likelihood:
         """The bound in the data's unit."""
@@ -120,8 +129,7 @@ class Measured:
         """By how much this model is better than another, measured on the same examples with the same noise."""
         both = set(self.chosen.tolist()) & set(other.chosen.tolist())
         mine, theirs = (torch.tensor([i in both for i in each.chosen.tolist()]) for each in (self, other))
-        common = replace(self, chosen=self.chosen[mine])
-        found = common.estimate((other.bound.nats[theirs] - self.bound.nats[mine])[:, None])
+        found = self.estimate((other.bound.nats[theirs] - self.bound.nats[mine])[:, None], self.chosen[mine])
         return Margin(value=self.in_unit(found.value), stderr=self.in_unit(found.stderr))
 
     def in_unit(self, nats: float) -> float:
@@ -207,6 +215,7 @@ def evaluate(
     steps: int | None = None,
     variance: str | None = None,
     best: bool = False,
+    like: Measured | None = None,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
     group: Processes = ALONE,
@@ -228,6 +237,8 @@ def evaluate(
         variance: of the reverse chain, if not the model's own; "optimal" is found by a pass over training examples
             where the network does not know it.
         best: of all sub-chains of so many steps, take the one with the least bound on training examples.
+        like: a measurement of another model on the same data: its baselines are used again, and its terms drawn at the
+            same steps where the chains are of the same times, so that the difference is paired as closely as it can be.
         seed: of the noise: example i has its own stream, whatever the batch.
         progress: told (what, done, of).
         group: the processes that measure together; each of them returns the whole.
@@ -240,16 +251,24 @@ def evaluate(
         raise OptionError(f"a tolerance is a positive standard error, received {tolerance:g}")
     facts, order = model.facts, shuffled(model, data, n)
     began = time.perf_counter()
-    pixels, gaussian = baselines.independent_pixels(data, data.held_out), baselines.full_gaussian(data, data.held_out)
+    if like is None:
+        pixels = baselines.independent_pixels(data, data.held_out)
+        gaussian = baselines.full_gaussian(data, data.held_out)
+    else:
+        pixels, gaussian = like.independent_pixels, like.gaussian
     options, pilot = _chain(model, data, steps, variance, best, seed)
     grid = options["steps"]
     draws = None if draws is None or draws >= len(grid) - 1 else draws
     options |= {"draws": draws, "limit": limit}
     if draws is not None or tolerance is not None:
         options |= {"replicates": REPLICATES}
-    if draws is not None:
-        options["probability"], asked = group.told(_learnt(model, data.held_out[order[:PILOT]], options, seed))
+    probability = None
+    if draws is not None and like is not None and torch.equal(like.bound.times, grid.flip(0)):
+        probability = like.probability
+    if draws is not None and probability is None:
+        probability, asked = group.told(_learnt(model, data.held_out[order[:PILOT]], options, seed))
         pilot += asked
+    options["probability"] = probability
     batch = max(1, min(BATCH, EVALUATIONS // (draws or len(grid))))
 
     def measure(first: int, last: int, again: int) -> Bound:
@@ -266,7 +285,8 @@ def evaluate(
 
     def so_far(bound: Bound) -> Measured:
         chosen, seconds = order[: len(bound.nats)], time.perf_counter() - began
-        return Measured(facts, model, bound, chosen, pixels, gaussian, limit, options["variance"], best, seconds)
+        how = (limit, options["variance"], best, probability)
+        return Measured(facts, model, bound, chosen, pixels, gaussian, *how, seconds)
 
     done = len(order) if tolerance is None else min(FIRST, len(order))
     bound = measure(0, done, 0)

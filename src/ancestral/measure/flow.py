@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -43,13 +43,10 @@ class Followed:
         """The published record, for all held-out examples by the same regression as the bound that stands beside it."""
 
         def mean(nats: Tensor) -> Estimate:
-            return replace(beside, chosen=self.chosen).estimate(nats[:, None])
+            return beside.estimate(nats[:, None], self.chosen[: len(nats)])
 
         common = min(len(self.nats), len(beside.chosen))
-        above = replace(beside, chosen=self.chosen[:common]).estimate(
-            (beside.bound.nats[:common] - self.nats[:common])[:, None]
-        )
-        whole = mean(self.nats)
+        whole, above = mean(self.nats), mean(beside.bound.nats[:common] - self.nats[:common])
         return OdeLikelihood(
             value=beside.in_unit(whole.value),
             stderr=beside.in_unit(whole.stderr),
