@@ -106,7 +106,7 @@ def test_samples_and_likelihoods_do_not_depend_on_the_number_of_processes(traine
     """150 images in three batches, and 150 bounds, are equal to the bit."""
     for count in (1, 2):
         ancestral(count, "sample", trained[1], "-n", "150", "--steps", "5", "--out", tmp_path / str(count))
-    one, two = (np.load(tmp_path / str(count) / "sample-0001.npz")["x"] for count in (1, 2))
+    one, two = (np.load(tmp_path / str(count) / "sample-0001.npy") for count in (1, 2))
     assert len(one) == 150
     np.testing.assert_array_equal(one, two)
     found = [json.loads(ancestral(count, "evaluate", trained[1], "-n", "300", "--json")) for count in (1, 2)]

@@ -18,7 +18,7 @@ from ancestral.errors import AncestralError, OptionError, RunWarning, unknown
 
 if TYPE_CHECKING:
     from ancestral.apps.progress import Progress
-    from ancestral.data import Data, Facts
+    from ancestral.data import Data
     from ancestral.diffusion.model import Diffusion
 
 app = typer.Typer(
@@ -141,7 +141,9 @@ def train(
             )
 
 
-@app.command(epilog="Examples:  ancestral sample runs/digits-0001  |  ancestral sample RUN -n 16 --steps 250 --gif")
+@app.command(
+    epilog="Examples:  ancestral sample runs/digits-0001 --sheet  |  ancestral sample RUN -n 50000 --steps 250"
+)
 def sample(
     run: RunPath,
     n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many.")] = 64,
@@ -151,51 +153,46 @@ def sample(
     ema: Ema = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the files; by default inside RUN.")] = None,
     label: Annotated[str | None, typer.Option(help="Class to draw from, if the model knows classes.")] = None,
-    gif: Annotated[bool, typer.Option("--gif", help="Also the reverse chain as an animation.")] = False,
+    sheet: Annotated[bool, typer.Option("--sheet", help="Also a contact sheet of how the first came about.")] = False,
+    gif: Annotated[bool, typer.Option("--gif", help="Also an animation of it.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Draw samples: a PNG, an .npz, and on request a GIF of the reverse chain."""
+    """Draw samples, batch by batch into one .npy, with a PNG; the same command goes on where it was stopped."""
     with _guarded(as_json, debug):
-        from ancestral.apps import output
+        from ancestral.apps import sampling
         from ancestral.apps.progress import Progress
         from ancestral.diffusion.sample import SAMPLERS
         from ancestral.training import checkpoint, processes
 
         if sampler not in SAMPLERS:
             raise unknown("sampler", sampler, SAMPLERS)
-        with processes.join() as group, Progress(quiet=not group.first) as progress:
+        with _signals(), processes.join() as group, Progress(quiet=not group.first) as progress:
             saved = checkpoint.open_run(run, ema)
-            model = saved.model.to(group.device)
-            drawn = output.draw_samples(
-                model,
+            saved.model.to(group.device)
+            recipe = {"run": str(saved.path), "n": n, "sampler": sampler, "steps": steps, "seed": seed}
+            recipe |= {"ema": ema} if ema is not None else {}
+            recipe |= {"label": label} if label is not None else {}
+            drawn = sampling.draw_samples(
+                saved,
+                out or checkpoint.run_of(run) / "samples",
                 n,
+                recipe,
                 steps=steps,
                 sampler=SAMPLERS[sampler],
                 seed=seed,
-                keep_path=gif,
+                label=label,
+                gif=gif,
+                sheet=sheet,
                 progress=progress.update,
-                label=_class_of(label, model.facts),
                 group=group,
             )
         if not group.first:
             return
-        recipe = {"run": str(saved.path), "n": n, "sampler": sampler, "steps": steps, "seed": seed}
-        recipe |= {"ema": ema} if ema is not None else {}
-        recipe |= {"label": label} if label is not None else {}
-        folder = out or checkpoint.run_of(run) / "samples"
-        artifacts = output.write_samples(folder, model.facts, drawn, recipe)
-        say = _Sayer(as_json)
-        say(
-            f"{n} samples by {sampler} in {steps} steps, seed {seed}: {drawn.seconds:.1f} s, "
-            f"{drawn.evaluations:,} evaluations"
-        )
-        for path in artifacts.values():
-            say(f"  {path}")
+        for line in drawn.lines(recipe):
+            _Sayer(as_json)(line)
         if as_json:
-            _print_json(
-                images=n, evaluations=drawn.evaluations, seconds=round(drawn.seconds, 3), seed=seed, artifacts=artifacts
-            )
+            _print_json(**drawn.record(recipe))
 
 
 @app.command(
@@ -461,14 +458,6 @@ def _given(data: str | None, resume: Path | None, to: Path | None) -> str:
     if to is not None and to.is_dir() and any(to.iterdir()):
         raise OptionError(f"--dry-run is about a new run, and {to} is there already; leave --to out")
     return data
-
-
-def _class_of(label: str | None, facts: "Facts") -> int | None:
-    if label is None:
-        return None
-    if label not in (facts.classes or ()):
-        raise unknown("class", label, facts.classes or ())
-    return (facts.classes or ()).index(label)
 
 
 def _lengths(ema: str | None) -> list[float | None]:

@@ -1,102 +1,12 @@
-"""What the verbs leave behind and say: sample files that carry their recipe, a plan, the lines of an evaluation."""
+"""What the verbs say, and where they leave things: free numbers, a plan, the lines of an evaluation."""
 
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from ancestral.data import Facts, draw
-from ancestral.diffusion.model import Diffusion
-from ancestral.diffusion.sample import Sampler
 from ancestral.measure.record import Evaluation, Likelihood
 from ancestral.training import resources
-from ancestral.training.processes import ALONE, Processes
+from ancestral.training.processes import Processes
 from ancestral.training.start import Plan
-
-BATCH = 64
-FRAMES = 40
-SHOWN = 256
-"""Samples per batch, frames of an animation, and samples shown in a picture at most."""
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Samples in the data's units, and a few frames of how the first ones came about."""
-
-    x: Tensor
-    frames: list[Tensor]
-    evaluations: int
-    seconds: float
-
-
-def draw_samples(
-    model: Diffusion,
-    n: int,
-    *,
-    steps: int,
-    sampler: Sampler,
-    seed: int,
-    keep_path: bool,
-    progress: Callable[[str, int, int], None],
-    label: int | None = None,
-    group: Processes = ALONE,
-) -> Samples:
-    """n samples in batches, which the processes divide among them; the first has them all at the end.
-
-    Sample i has its own stream (seed, i), and the batches are the same whatever the number of processes.
-    """
-    began, parts, frames, before = time.perf_counter(), {}, [], model.network.asked
-    starts = range(0, n, BATCH)
-    for start in starts[group.rank :: group.count]:
-        size = min(BATCH, n - start)
-        labels = None if label is None else torch.full((size,), label)
-        path = model.sample_path(size, steps=steps, sampler=sampler, rng=seed, start=start, labels=labels)
-        for i, point in enumerate(path):
-            if keep_path and start == 0 and (i * FRAMES // steps > (i - 1) * FRAMES // steps or i == steps):
-                frames.append(model.facts.to_raw(point.x.cpu()))
-            progress("sampling", start * steps + size * i, n * steps)
-        parts[start] = model.facts.to_raw(point.x.cpu())
-    drawn = {start: x for part in group.gathered(parts) for start, x in part.items()}
-    evaluations = sum(group.gathered(model.network.asked - before))
-    return Samples(torch.cat([drawn[start] for start in starts]), frames, evaluations, time.perf_counter() - began)
-
-
-def write_samples(folder: Path, facts: Facts, samples: Samples, recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Write PNG, .npz and, when there are frames, a GIF under the next free number; each carries the recipe."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = fresh(folder, "sample")
-    png, npz, gif = (Path(f"{stem}.{suffix}") for suffix in ("png", "npz", "gif"))
-    image = draw.grid(facts, samples.x[: SHOWN if facts.is_image else None])
-    with whole(png) as path:
-        draw.save_png(image, path, dict(recipe))
-    with whole(npz) as path:
-        np.savez_compressed(path, x=samples.x.numpy(), recipe=np.array(json.dumps(recipe)))
-    artifacts = {"png": str(png), "npz": str(npz)}
-    if samples.frames:
-        first, *rest = (draw.grid(facts, frame[:SHOWN]) for frame in samples.frames)
-        times, comment = [80] * len(rest) + [1500], json.dumps(recipe).encode()
-        with whole(gif) as path:
-            first.save(path, save_all=True, append_images=rest, duration=times, loop=0, comment=comment)
-        artifacts["gif"] = str(gif)
-    return artifacts
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; it becomes `path` when all went well, and is removed when not."""
-    temporary = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fresh(folder: Path, stem: str) -> Path:

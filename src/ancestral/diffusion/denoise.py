@@ -7,6 +7,7 @@ variance sigma_data^2, and c_noise is the log-SNR. With the squared error of x_0
 row recovers its historical loss.
 """
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol, overload, runtime_checkable
@@ -18,6 +19,8 @@ from ancestral.diffusion.process import LOG_SNR_MIN, Instant, Process, Time, per
 from ancestral.errors import OptionError, unknown
 
 Row = Callable[[Any, Any, float], tuple[Any, Any]]  # of tensors, or of numbers
+
+_COUNTING = threading.Lock()  # not one for each network: a lock cannot be copied as networks are
 
 ROWS: dict[str, Row] = {
     "x0": lambda a, s, d: (0 * a, 1 + 0 * a),
@@ -112,7 +115,7 @@ class NetworkDenoiser(Denoiser):
         sigma_data: standard deviation of the data in the model's units.
 
     Attributes:
-        asked: how many examples the network has been given.
+        asked: how many examples the network has been given, by all threads together.
 
     Raises:
         OptionError: if the row is unknown, or divides by an alpha that is zero at the end of the process.
@@ -188,7 +191,8 @@ class NetworkDenoiser(Denoiser):
         else:
             c_noise = self.process.log_snr(t).clamp(LOG_SNR_MIN, -LOG_SNR_MIN).to(x).expand(len(x))
         given = () if labels is None else (labels,)
-        self.asked += len(x)
+        with _COUNTING:
+            self.asked += len(x)
         with torch.inference_mode(not torch.is_grad_enabled()):  # no_grad, and less is kept in mind of each tensor
             return net(x, c_noise, *given)
 

@@ -1,6 +1,6 @@
 """The diffusion family: a network, a process and the facts of a data set, trained, sampled and measured."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from ancestral.diffusion import flow, likelihood
 from ancestral.diffusion import sample as samplers
 from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, Given, NetworkDenoiser, between
 from ancestral.diffusion.process import LOG_SNR_MIN, Process
+from ancestral.diffusion.watch import Glimpse, Watched, glimpses
 from ancestral.errors import OptionError, unknown
 from ancestral.protocol import Batch, Density, Player
 from ancestral.rng import Seeds, rand, randn, streams
@@ -219,6 +220,51 @@ class Diffusion(nn.Module):
             x = point.x
         return self.facts.to_raw(x.cpu())
 
+    def sample_batches(
+        self,
+        n: int,
+        *,
+        batch: int = 64,
+        rng: int = 0,
+        start: int = 0,
+        every: int = 1,
+        labels: Tensor | None = None,
+        watch: Callable[[int, Glimpse], Any] | None = None,
+        **options: Any,
+    ) -> Iterator[Tensor]:
+        """Examples start, ..., start + n - 1 as `sample` draws them, one batch at a time and in the memory of one.
+
+        Nothing is computed before it is asked for, and a batch can be drawn without those before it.
+
+        Args:
+            n: how many.
+            batch: examples in a batch; the last may have fewer.
+            rng: the seed; example i has the stream (rng, i).
+            start: index of the first example, for going on after so many.
+            every: draw the first of so many batches and pass over the others: the share of one of several processes.
+            labels: class of each example, int64, shape (n,), if the model knows classes.
+            watch: told, at every point of a walk, the index of the first example of the batch and what is to be seen.
+            options: of `sample`: steps, sampler, and those of its step.
+
+        Example:
+            >>> from ancestral.data import load
+            >>> from ancestral.training import recipes
+            >>> facts = load("ring-8").facts
+            >>> model = recipes.build(recipes.choose(facts), facts)
+            >>> [len(x) for x in model.sample_batches(150, steps=2)]
+            [64, 64, 22]
+            >>> torch.equal(next(model.sample_batches(86, start=64, steps=2)), model.sample(128, steps=2)[64:])
+            True
+        """
+        for first in range(0, n, batch * every):
+            size = min(batch, n - first)
+            watched = Watched(self.given(None if labels is None else labels[first : first + size]))
+            path = self.sample_path(size, rng=rng, start=start + first, denoiser=watched, **options)
+            for glimpse in glimpses(path, watched):
+                if watch:
+                    watch(start + first, glimpse)
+            yield self.facts.to_raw(glimpse.x_t.cpu())
+
     def sample_path(
         self,
         n: int,
@@ -228,18 +274,40 @@ class Diffusion(nn.Module):
         rng: Seeds = 0,
         start: int = 0,
         labels: Tensor | None = None,
+        denoiser: Denoiser | None = None,
         **options: Any,
     ) -> Iterator[samplers.Point]:
         """Every point of the walk from noise to data, in the model's units, for examples start, ..., start + n - 1.
 
-        Ancestral sampling walks the chain that is measured: with the model's own reverse variance.
+        Ancestral sampling walks the chain that is measured: with the model's own reverse variance. A denoiser that is
+        given is asked in place of the model's own.
+
+        A point and the generators are all that the rest of a walk depends on, and both can be pickled:
+
+        Example:
+            >>> import pickle
+            >>> from itertools import islice
+            >>> from ancestral.data import load
+            >>> from ancestral.rng import streams
+            >>> from ancestral.training import recipes
+            >>> facts = load("ring-8").facts
+            >>> model, rng = recipes.build(recipes.choose(facts), facts), streams(0, 4)
+            >>> *_, point = islice(model.sample_path(4, steps=10, rng=rng), 6)
+            >>> saved = pickle.dumps((point, rng))
+
+            >>> point, rng = pickle.loads(saved)
+            >>> left = [t for t in samplers.uniform(10).tolist() if t <= point.t] + [0.0]
+            >>> options = {"rng": rng, "variance": model.variance}
+            >>> *_, end = samplers.walk(samplers.ancestral.step, model.denoiser, point, left, **options)
+            >>> torch.equal(facts.to_raw(end.x), model.sample(4, steps=10, rng=0))
+            True
         """
         each = streams(rng, n, start=start)
         times = samplers.grid(self.process, steps)
         noise = randn((n, *self.facts.shape), each).to(self.device) * float(self.process.prior_var(times[0])) ** 0.5
         if sampler is samplers.ancestral:
             options.setdefault("variance", self.variance)
-        return sampler.path(self.given(labels), noise, times, rng=each, **options)
+        return sampler.path(denoiser or self.given(labels), noise, times, rng=each, **options)
 
     def bound(
         self, x: Tensor, *, rng: Seeds = 0, start: int = 0, denoiser: Denoiser | None = None, **options: Any

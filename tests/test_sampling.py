@@ -1,0 +1,422 @@
+"""Samples stream to the disk, are seen on their way, and go on where they stopped."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image
+from typer.testing import CliRunner
+
+from ancestral.apps import sampling
+from ancestral.apps.cli import app
+from ancestral.data import draw, load
+from ancestral.diffusion.process import Instant
+from ancestral.diffusion.sample import SAMPLERS, grid, walk
+from ancestral.diffusion.watch import Glimpse
+from ancestral.rng import streams
+from ancestral.training import checkpoint, durable, recipes
+
+QUICK = ["unet.width=8", "unet.blocks=1", "unet.octaves=1", "unet.precision=float32"]
+
+
+def ancestral(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of one step on the digits, whose network knows the classes."""
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    settings = [part for change in [*QUICK, "unet.labels=true"] for part in ("--set", change)]
+    result = ancestral("train", "digits", "--to", path, "--steps", 1, *settings)
+    assert result.exit_code == 0, result.output
+    return path
+
+
+@pytest.fixture(scope="module")
+def model():
+    facts = load("digits").facts
+    torch.manual_seed(0)
+    return recipes.build(recipes.change(recipes.choose(facts), QUICK), facts).eval()
+
+
+def command(*words: object) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "ancestral", *map(str, words)]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def whole(run: Path, folder: Path, *words: object) -> dict[str, bytes]:
+    """The files of a command that nothing disturbs."""
+    result = ancestral("sample", run, "--out", folder, *words)
+    assert result.exit_code == 0, result.output
+    return tree(folder)
+
+
+def interrupted_after(batches: int, monkeypatch, error: type[BaseException] | OSError) -> None:
+    """From now on the writing of the batch after so many fails."""
+    left = iter(range(batches))
+    append = sampling.Partial.append
+
+    def failing(self, x) -> None:
+        if next(left, None) is None:
+            raise error
+        append(self, x)
+
+    monkeypatch.setattr(sampling.Partial, "append", failing)
+
+
+# Streaming.
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+def test_the_memory_of_5000_samples_is_that_of_500(tmp_path):
+    """Real-valued images of 7 KB: kept until the end, 4,500 more of them would take at least 30 MiB."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(20, 3, 24, 24)).astype(np.float32))
+    settings = ["--recipe", "vectors", "--set", "mlp.width=8", "--set", "mlp.depth=1", "--steps", 1]
+    result = ancestral("train", tmp_path / "x.npy", "--to", tmp_path / "run", *settings)
+    assert result.exit_code == 0, result.output
+    code = (
+        "import sys; from pathlib import Path; from ancestral.apps.cli import app\n"
+        "app(['sample', sys.argv[1], '-n', sys.argv[2], '--steps', '1', '--sheet'], standalone_mode=False)\n"
+        "print(Path('/proc/self/status').read_text().partition('VmHWM:')[2].split()[0])"
+    )  # getrusage would say the peak of the process that started this one, if that was higher
+
+    def peak(n: int) -> float:
+        words = [sys.executable, "-c", code, str(tmp_path / "run"), str(n)]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return int(said.split()[-1]) / 1024
+
+    assert peak(5000) - peak(500) < 8  # MiB
+    assert (tmp_path / "run" / "samples" / "sample-0002.npy").stat().st_size == 128 + 500 * 6912
+
+
+def test_the_array_is_one_that_numpy_maps_and_the_recipe_lies_beside_it(trained, tmp_path):
+    record = json.loads(ancestral("sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path, "--json").stdout)
+    x = np.load(record["artifacts"]["npy"], mmap_mode="r")
+    assert (x.shape, x.dtype) == ((150, 1, 8, 8), np.uint8)
+    assert json.loads(Path(record["artifacts"]["recipe"]).read_text())["n"] == 150
+    assert record["images_per_second"] == pytest.approx(150 / record["seconds"], rel=0.01, abs=0.1)
+    data = load(record["artifacts"]["npy"])  # it can be learnt from
+    assert data.facts.shape == (1, 8, 8)
+
+
+def test_batches_are_the_samples_of_the_command_and_shares_of_them_make_the_whole(trained, tmp_path):
+    model = checkpoint.load(trained)
+    record = json.loads(ancestral("sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path, "--json").stdout)
+    x = torch.from_numpy(np.load(record["artifacts"]["npy"]))
+    assert torch.equal(torch.cat(list(model.sample_batches(150, steps=3))), x)
+    first, third = model.sample_batches(150, steps=3, every=2)
+    (second,) = model.sample_batches(150 - 64, start=64, steps=3, every=2)
+    assert torch.equal(torch.cat([first, second, third]), x)
+
+
+def test_a_class_is_drawn_in_every_batch_and_an_unknown_one_leaves_nothing(trained, tmp_path):
+    words = ["sample", trained, "-n", 80, "--steps", 3, "--json"]
+    record = json.loads(ancestral(*words, "--label", "7", "--out", tmp_path / "seven").stdout)
+    x = torch.from_numpy(np.load(record["artifacts"]["npy"]))
+    model, sevens = checkpoint.load(trained), torch.full((80,), 7)
+    assert torch.equal(torch.cat(list(model.sample_batches(80, steps=3, labels=sevens))), x)
+    refused = ancestral(*words, "--label", "ten", "--out", tmp_path / "ten")
+    assert refused.exit_code == 2
+    assert "unknown class 'ten'" in refused.stderr
+    assert not (tmp_path / "ten").exists()
+
+
+# Going on.
+
+
+def test_killed_and_continued_is_uninterrupted_byte_for_byte(trained, tmp_path):
+    """A real process: SIGTERM is exit code 3 and a sentence, SIGKILL leaves no final name, and then it ends."""
+    words = ["-n", 700, "--steps", 40, "--gif", "--sheet"]
+    folder, done = tmp_path / "stopped", 0
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process, growing = command("sample", trained, "--out", folder, *words), folder / "sample-0001.partial"
+        try:
+            while not (file := growing / "sample-0001.npy").exists() or file.stat().st_size <= 128 + 64 * (done + 64):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert [path.name for path in folder.iterdir()] == ["sample-0001.partial"]
+        before, done = done, (file.stat().st_size - 128) // 64 // 64 * 64
+        assert 64 <= before + 64 <= done < 700
+        if number == signal.SIGTERM:
+            assert process.returncode == 3
+            assert f"stopped after {done} of 700 samples; the same command goes on from there" in said
+    record = json.loads(ancestral("sample", trained, "--out", folder, *words, "--json").stdout)
+    assert record["begun_at"] == done
+    assert record["evaluations"] == (700 - done) * 40
+    assert tree(folder) == whole(trained, tmp_path / "whole", *words)
+
+
+@pytest.mark.parametrize("torn", [b"", b"half a batch"])
+def test_a_batch_that_was_written_in_part_is_drawn_again(trained, tmp_path, monkeypatch, torn):
+    words = ["-n", 150, "--steps", 3]
+    with monkeypatch.context() as patch:
+        interrupted_after(1, patch, KeyboardInterrupt)
+        stopped = ancestral("sample", trained, "--out", tmp_path / "stopped", *words)
+    assert stopped.exit_code == 3
+    with (tmp_path / "stopped" / "sample-0001.partial" / "sample-0001.npy").open("ab") as file:
+        file.write(torn)
+    assert whole(trained, tmp_path / "stopped", *words) == whole(trained, tmp_path / "whole", *words)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".npy"])
+def test_killed_between_two_final_names_it_ends_the_same(trained, tmp_path, monkeypatch, suffix):
+    """Renaming stops for good at one of the files; those that have their names are whole, and the rest follow."""
+    words, replace = ["-n", 70, "--steps", 3, "--gif"], Path.replace
+
+    def stopping(self: Path, target: Path) -> Path:
+        if self.parent.suffix == ".partial" and target.parent != self.parent and target.suffix == suffix:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", stopping)
+        assert ancestral("sample", trained, "--out", tmp_path / "stopped", *words).exit_code == 3
+    undisturbed = whole(trained, tmp_path / "whole", *words)
+    assert all(
+        undisturbed[path.name] == path.read_bytes() for path in (tmp_path / "stopped").glob("*.*") if path.is_file()
+    )
+    assert whole(trained, tmp_path / "stopped", *words) == undisturbed
+
+
+def test_a_full_disk_is_exit_code_4_and_what_is_done_is_gone_on_with(trained, tmp_path, monkeypatch):
+    words = ["-n", 150, "--steps", 3]
+    with monkeypatch.context() as patch:
+        interrupted_after(1, patch, OSError(28, "No space left on device"))
+        result = ancestral("sample", trained, "--out", tmp_path / "full", *words)
+    assert result.exit_code == 4
+    assert "no space left on the disk after 64 of 150 samples; the same command goes on" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["sample-0001.partial"]
+    assert whole(trained, tmp_path / "full", *words) == whole(trained, tmp_path / "whole", *words)
+
+
+def test_what_cannot_fit_on_the_disk_is_not_begun(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("ancestral.training.resources.free_disk", lambda path: 150 * 64 - 1)
+    result = ancestral("sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path)
+    assert result.exit_code == 4
+    assert "no space left on the disk after no whole batch, and nothing is kept" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_same_job_is_gone_on_with(trained, tmp_path, monkeypatch):
+    """Another seed, and the same seed with other weights, begin anew and leave what was begun alone."""
+    with monkeypatch.context() as patch:
+        interrupted_after(1, patch, KeyboardInterrupt)
+        assert ancestral("sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path).exit_code == 3
+    begun = tree(tmp_path / "sample-0001.partial")
+    retrained = trained.parent / "retrained"
+    shutil.copytree(trained, retrained)
+    for words in ([trained, "--seed", 1], [trained, "--steps", 4]):
+        record = json.loads(ancestral("sample", "-n", 150, "--steps", 3, "--out", tmp_path, "--json", *words).stdout)
+        assert record["begun_at"] == 0
+    manifest = trained / "final" / durable.MANIFEST
+    kept = manifest.read_text()
+    manifest.write_text(kept + "\n")  # as other weights would have another
+    try:
+        record = json.loads(ancestral("sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path, "--json").stdout)
+        assert record["begun_at"] == 0
+    finally:
+        manifest.write_text(kept)
+    assert tree(tmp_path / "sample-0001.partial") == begun
+    record = json.loads(ancestral("sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path, "--json").stdout)
+    assert record["begun_at"] == 64
+    assert record["artifacts"]["npy"] == str(tmp_path / "sample-0001.npy")
+
+
+def test_two_commands_do_not_write_one_file(trained, tmp_path, monkeypatch):
+    """What another process works on is left to it, and the next number taken; when nobody does, it is gone on with."""
+    words = ["sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path, "--json"]
+    with monkeypatch.context() as patch:
+        interrupted_after(1, patch, KeyboardInterrupt)
+        assert ancestral(*words).exit_code == 3
+    with FileLock(tmp_path / "sample-0001.partial" / ".lock"):
+        second = json.loads(ancestral(*words).stdout)
+    first = json.loads(ancestral(*words).stdout)
+    for record, number, begun_at in ((second, 2, 0), (first, 1, 64)):
+        assert record["artifacts"]["npy"] == str(tmp_path / f"sample-000{number}.npy")
+        assert record["begun_at"] == begun_at
+    assert not list(tmp_path.glob("*.partial"))
+
+
+# What is seen.
+
+
+def seen(model, n: int, steps: int, **options) -> list[Glimpse]:
+    """Every glimpse of a first batch."""
+    found: list[Glimpse] = []
+    next(model.sample_batches(n, steps=steps, watch=lambda _, glimpse: found.append(glimpse), **options))
+    return found
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_glimpse_is_a_point_and_the_guess_made_there_at_no_further_evaluation(model, name):
+    before = model.network.asked
+    points = list(model.sample_path(3, steps=5, sampler=SAMPLERS[name]))
+    plain, before = model.network.asked - before, model.network.asked
+    found = seen(model, 3, 5, sampler=SAMPLERS[name])
+    assert model.network.asked - before == plain
+    assert [glimpse.t for glimpse in found] == [point.t for point in points]
+    instants = model.process.instants([point.t for point in points[:-1]])
+    for glimpse, point, t in zip(found, points, [*instants, None], strict=True):
+        assert torch.equal(glimpse.x_t, point.x)
+        with torch.no_grad():
+            guess = point.x if t is None else model.denoiser(point.x, t)
+        torch.testing.assert_close(glimpse.x_0_hat, guess, rtol=1e-5, atol=1e-5)
+
+
+def tiles(picture: Image.Image, rows: int, columns: int) -> np.ndarray:
+    """The levels 0 .. 16 of each 8x8 tile of a sheet, (rows, 2, columns, 8, 8); each is of flat squares."""
+    zoom, gap, apart = draw.PATH // (8 * columns), draw.GAP, draw.APART
+    side, pixels = 8 * zoom, np.asarray(picture).astype(float)
+    assert pixels.shape == (rows * (2 * side + gap) + (rows - 1) * apart, columns * side + (columns - 1) * gap)
+    found = np.empty((rows, 2, columns, 8, 8))
+    for row, half, column in np.ndindex(rows, 2, columns):
+        top, left = row * (2 * side + gap + apart) + half * (side + gap), column * (side + gap)
+        blocks = pixels[top : top + side, left : left + side].reshape(8, zoom, 8, zoom)
+        assert (blocks.min((1, 3)) == blocks.max((1, 3))).all()
+        found[row, half, column] = blocks[:, 0, :, 0]
+    return np.rint(found * 16 / 255)
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "heun"])
+def test_the_sheet_has_the_path_in_its_columns_and_ends_with_the_samples(trained, tmp_path, sampler):
+    words = ["-n", 10, "--steps", 16, "--sampler", sampler, "--sheet", "--out", tmp_path, "--json"]
+    artifacts = json.loads(ancestral("sample", trained, *words).stdout)["artifacts"]
+    model, n = checkpoint.load(trained), sampling.ROWS
+    with Image.open(artifacts["sheet"]) as picture:
+        shown = tiles(picture, n, 9)
+    assert draw.read_recipe(artifacts["sheet"]) == json.loads(Path(artifacts["recipe"]).read_text())
+    x = np.load(artifacts["npy"])[:n, 0]
+    np.testing.assert_array_equal(shown[:, 0, -1], x)
+    np.testing.assert_array_equal(shown[:, 1, -1], x)
+    points = list(model.sample_path(10, steps=16, sampler=SAMPLERS[sampler]))[::2]
+    instants = model.process.instants([point.t for point in points[:-1]])
+    for column, (point, t) in enumerate(zip(points[:-1], instants, strict=True)):
+        x_t = model.facts.to_raw(point.x[:n] / (t.alpha**2 + t.sigma**2) ** 0.5)
+        with torch.no_grad():
+            x_0_hat = model.facts.to_raw(model.denoiser(point.x, t)[:n])
+        np.testing.assert_array_equal(shown[:, 0, column], x_t[:, 0])
+        np.testing.assert_array_equal(shown[:, 1, column], x_0_hat[:, 0])
+
+
+def test_the_animation_shows_both_sides_and_ends_with_the_samples(trained, tmp_path):
+    artifacts = json.loads(
+        ancestral("sample", trained, "-n", 9, "--steps", 6, "--gif", "--out", tmp_path, "--json").stdout
+    )["artifacts"]
+    facts, x = checkpoint.load(trained).facts, torch.from_numpy(np.load(artifacts["npy"]))
+    with Image.open(artifacts["gif"]) as animation:
+        assert animation.n_frames == 7
+        animation.seek(6)
+        last = np.asarray(animation.convert("L")).astype(int)
+    assert abs(last - np.asarray(draw.beside(facts, x, x))).max() <= 1  # a GIF has a palette
+
+
+def test_previews_are_the_estimates_of_the_batch_at_work_and_cost_no_evaluation(trained, tmp_path, monkeypatch):
+    """With a preview at every step, the picture that is there after a step is the grid of what was seen in it."""
+    monkeypatch.setattr(sampling, "EVERY", 0.0)
+    previews: list[bytes] = []
+    write = durable.write
+
+    def kept(path: Path, data: bytes) -> None:
+        write(path, data)
+        if path.name == "preview.png":
+            previews.append(np.asarray(Image.open(path)).tobytes())
+
+    monkeypatch.setattr(durable, "write", kept)
+    words = ["-n", 70, "--steps", 4, "--out", tmp_path, "--json"]
+    plain = json.loads(ancestral("sample", trained, *words).stdout)
+    assert plain["evaluations"] == 70 * 4
+    expected: list[bytes] = []
+    model = checkpoint.load(trained)
+
+    def watch(_: int, glimpse: Glimpse) -> None:
+        picture = draw.grid(model.facts, model.facts.to_raw(glimpse.x_0_hat))
+        expected.append(np.asarray(picture).tobytes())
+
+    list(model.sample_batches(70, steps=4, watch=watch))
+    assert previews == expected
+    drawn = json.loads(ancestral("sample", trained, *words, "--gif", "--sheet").stdout)
+    assert drawn["evaluations"] == plain["evaluations"]
+    assert Path(drawn["artifacts"]["npy"]).read_bytes() == Path(plain["artifacts"]["npy"]).read_bytes()
+    assert not list(tmp_path.rglob("preview.png"))
+
+
+def test_points_of_the_plane_are_drawn_where_they_are(tmp_path):
+    """A cloud on a path has one scale at all moments: ink at the places of the points, and nowhere else."""
+    facts = load("ring-8").facts
+    centre, edge = facts.scale.inverse(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    half = draw.REACH * float((edge - centre).max())
+    corner = centre + torch.tensor([[0.5, 0.5]]) * half
+    pixels = np.asarray(draw.sheet(facts, [(centre[None], corner), (corner, corner)])).min(2)
+    assert pixels.shape == (2 * draw.PANEL + draw.APART, 2 * draw.PANEL + draw.GAP)
+    middle, quarter, low = draw.PANEL // 2, draw.PANEL // 4, draw.PANEL + draw.APART
+    right = draw.PANEL + draw.GAP
+    dark = np.zeros_like(pixels, dtype=bool)
+    for y, x in ((middle, middle), (low + quarter, 3 * quarter), (quarter, right + 3 * quarter)):
+        dark[y - 4 : y + 4, x - 4 : x + 4] = True
+    dark[low + quarter - 4 : low + quarter + 4, right + 3 * quarter - 4 : right + 3 * quarter + 4] = True
+    assert (pixels[~dark] == 255).all()
+    assert all(pixels[y, x] < 200 for y, x in ((middle, middle), (low + quarter, 3 * quarter)))
+
+
+# From Python.
+
+
+def test_two_threads_draw_from_one_model_what_each_would_alone(model):
+    """And no evaluation is lost from the count, although threads change places all the time."""
+    alone = [torch.cat(list(model.sample_batches(48, batch=8, steps=6, rng=seed))) for seed in (0, 1)]
+    found: dict[int, torch.Tensor] = {}
+
+    def work(seed: int) -> None:
+        found[seed] = torch.cat(list(model.sample_batches(48, batch=8, steps=6, rng=seed)))
+
+    before, interval = model.network.asked, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert torch.equal(found[0], alone[0])
+    assert torch.equal(found[1], alone[1])
+    assert model.network.asked - before == 2 * 48 * 6
+
+
+@pytest.mark.parametrize("at", [0, 3, 5])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_walk_is_taken_up_at_a_point_that_was_saved(model, name, at):
+    sampler, times = SAMPLERS[name], [*grid(model.process, 6).tolist(), 0.0]
+    options = {"variance": model.variance} if name == "ancestral" else {}
+    rng = streams(0, 3)
+    points = list(model.sample_path(3, steps=6, sampler=sampler, rng=0))
+    *_, point = islice(model.sample_path(3, steps=6, sampler=sampler, rng=rng), at + 1)
+    point, rng = pickle.loads(pickle.dumps((point, rng)))
+    again = list(walk(sampler.step, model.denoiser, point, times[at:], rng=rng, **options))
+    assert at == 0 or (isinstance(point.t, Instant) and point.t.log_snr == points[at].t.log_snr)
+    assert [p.t for p in again] == [p.t for p in points[at:]]
+    assert all(torch.equal(a.x, b.x) for a, b in zip(again, points[at:], strict=True))
