@@ -161,7 +161,7 @@ def test_killed_and_continued_is_uninterrupted_byte_for_byte(trained, tmp_path):
         assert 64 <= before + 64 <= done < 700
         if number == signal.SIGTERM:
             assert process.returncode == 3
-            assert f"stopped after {done} of 700 samples; the same command goes on from there" in said
+            assert f"stopped; {done} of 700 samples are kept, and the same command goes on from there" in said
     record = json.loads(ancestral("sample", trained, "--out", folder, *words, "--json").stdout)
     assert record["begun_at"] == done
     assert record["evaluations"] == (700 - done) * 40
@@ -206,7 +206,10 @@ def test_a_full_disk_is_exit_code_4_and_what_is_done_is_gone_on_with(trained, tm
         interrupted_after(1, patch, OSError(28, "No space left on device"))
         result = ancestral("sample", trained, "--out", tmp_path / "full", *words)
     assert result.exit_code == 4
-    assert "no space left on the disk after 64 of 150 samples; the same command goes on" in result.stderr
+    assert (
+        "the disk has no space for 150 samples; 64 of 150 samples are kept, and the same command goes on"
+        in result.stderr
+    )
     assert result.stderr.count("\n") == 1
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["sample-0001.partial"]
     assert whole(trained, tmp_path / "full", *words) == whole(trained, tmp_path / "whole", *words)
@@ -216,7 +219,7 @@ def test_what_cannot_fit_on_the_disk_is_not_begun(trained, tmp_path, monkeypatch
     monkeypatch.setattr("ancestral.training.resources.free_disk", lambda path: 150 * 64 - 1)
     result = ancestral("sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path)
     assert result.exit_code == 4
-    assert "no space left on the disk after no whole batch, and nothing is kept" in result.stderr
+    assert "the disk has no space for 150 samples; there was no whole batch, and nothing is kept" in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,8 +6,8 @@
     │   ├── OptionError      a value outside what is allowed; the sentence names the close match
     │   └── RunError         a run directory or checkpoint is missing, foreign or damaged
     ├── Lost                 exit code 1: another process of the job has died
-    ├── Stopped              exit code 3: stopped by a signal, a checkpoint was written
-    ├── NoSpace              exit code 4: the disk is full, the last good checkpoint is kept
+    ├── Stopped              exit code 3: stopped by a signal, what was done is kept
+    ├── NoSpace              exit code 4: the disk is full, what was done before is kept
     └── Diverged             exit code 5: training diverged, the last good checkpoint is named
 
     RunWarning               a damaged checkpoint was passed over for an earlier one
@@ -48,13 +48,13 @@ class Lost(AncestralError):
 
 
 class Stopped(AncestralError):
-    """Training was asked to stop; a checkpoint was written."""
+    """Training or sampling was asked to stop; what was done is kept."""
 
     exit_code = 3
 
 
 class NoSpace(AncestralError):
-    """The disk is full; the last good checkpoint is kept."""
+    """The disk is full; what was done before is kept."""
 
     exit_code = 4
 

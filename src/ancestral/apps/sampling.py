@@ -16,10 +16,9 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 
+from ancestral import __version__
 from ancestral.apps.output import fresh
 from ancestral.data import Facts, draw
 from ancestral.diffusion import sample as samplers
@@ -146,7 +146,6 @@ class Partial:
             with suppress(FileNotFoundError):  # it was not asked for, or is there since before an interruption
                 (self.path / path.name).replace(path)
         durable.flush(self.path.parent)
-        shutil.rmtree(self.path)
         return {name: str(path) for name, path in final.items() if path.exists()}
 
 
@@ -222,7 +221,8 @@ def draw_samples(
         "recipe": dict(recipe),
         "pictures": {"gif": gif, "sheet": sheet},
         "weights": hashlib.sha256((saved.path / durable.MANIFEST).read_bytes()).hexdigest(),
-        "versions": {"ancestral": version("ancestral"), "torch": torch.__version__},
+        "batch": BATCH,
+        "versions": {"ancestral": __version__, "torch": torch.__version__},
     }
     partial = claim(folder, model.facts, n, recipe, job) if group.first else None
     done = begun_at = group.told(partial.begin() if partial else 0)
@@ -239,9 +239,7 @@ def draw_samples(
         labels=None if labels is None else labels.expand(max(0, n - start)),
         watch=_Watch(model, partial, n, steps, gif=gif, sheet=sheet, progress=progress),
     )
-    try:
-        if partial:
-            _refuse_what_does_not_fit(partial)
+    with _stopping_well(folder, partial, n):
         while done < n:
             for x in group.gathered(next(batches, None)):
                 if x is not None and partial:
@@ -249,19 +247,35 @@ def draw_samples(
                 done += 0 if x is None else len(x)
         if partial:
             artifacts = partial.finish()
+    evaluations = sum(group.gathered(model.network.asked - before))
+    return Drawn(artifacts, begun_at, evaluations, time.perf_counter() - began)
+
+
+@contextmanager
+def _stopping_well(folder: Path, partial: Partial | None, n: int) -> Iterator[None]:
+    """Says, when the work within is stopped, how much is kept; lets go of the partial directory, or removes it."""
+
+    def kept() -> str:
+        done = partial.done() if partial else 0
+        if done == 0:
+            return "there was no whole batch, and nothing is kept"
+        return f"{done:,} of {n:,} samples are kept, and the same command goes on from there"
+
+    try:
+        if partial and (n - partial.done()) * _size(partial.facts) > resources.free_disk(folder):
+            raise OSError(errno.ENOSPC, "what is to come does not fit", str(folder))
+        yield
     except KeyboardInterrupt:
-        raise Stopped(f"{folder}: stopped after {_kept(partial)}") from None
+        raise Stopped(f"{folder}: stopped; {kept()}") from None
     except (OSError, NoSpace) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise NoSpace(f"{folder}: no space left on the disk after {_kept(partial)}") from None
+        raise NoSpace(f"{folder}: the disk has no space for {n:,} samples; {kept()}") from None
     finally:
         if partial:
-            partial.lock.release()
-            if partial.path.exists() and not partial.done():
+            if not partial.done():  # there is nothing in it, or no longer
                 shutil.rmtree(partial.path)
-    evaluations = sum(group.gathered(model.network.asked - before))
-    return Drawn(artifacts, begun_at, evaluations, time.perf_counter() - began)
+            partial.lock.release()
 
 
 class _Watch:
@@ -279,7 +293,8 @@ class _Watch:
         progress: Callable[..., None],
     ) -> None:
         self.model, self.partial, self.n, self.progress = model, partial, n, progress
-        self.last = len(samplers.grid(model.process, steps))
+        self.last, facts = len(samplers.grid(model.process, steps)), model.facts
+        self.fit = max(2, draw.WIDTH // facts.shape[-1]) ** 2 if facts.is_image else BATCH  # in a picture on the way
         self.frames = _evenly(self.last, FRAMES) if gif else set()
         self.columns = _evenly(self.last, COLUMNS - 1) if sheet else set()
         self.first, self.step, self.previewed, self.note = -1, 0, time.monotonic(), ""
@@ -292,17 +307,16 @@ class _Watch:
         if self.partial is None:
             return
         if time.monotonic() - self.previewed >= EVERY:
-            _, x_0_hat = self._raw(glimpse, SHOWN)
+            _, x_0_hat = self._raw(glimpse, self.fit)
             path = self.partial.picture(draw.grid(self.model.facts, x_0_hat), "preview.png")
-            self.previewed, self.note = time.monotonic(), f"see {path}"
+            self.previewed, self.note = time.monotonic(), f"(see {path})"
         if first == 0:
             self._draw(glimpse, self.partial)
 
     def _draw(self, glimpse: Glimpse, partial: Partial) -> None:
         facts = self.model.facts
         if self.step in self.frames:
-            fit = max(2, draw.PATH // 2 // facts.shape[-1]) ** 2 if facts.is_image else BATCH
-            self.animation.append(draw.beside(facts, *self._raw(glimpse, fit)))
+            self.animation.append(draw.beside(facts, *self._raw(glimpse, self.fit)))
         if self.step in self.columns:
             self.moments.append(self._raw(glimpse, ROWS if facts.is_image else BATCH))
         if self.step == self.last and self.moments:
@@ -338,18 +352,6 @@ def _dtype(facts: Facts) -> np.dtype[Any]:
 
 def _size(facts: Facts) -> int:
     return facts.dims * _dtype(facts).itemsize
-
-
-def _refuse_what_does_not_fit(partial: Partial) -> None:
-    if (partial.n - partial.done()) * _size(partial.facts) > resources.free_disk(partial.path):
-        raise OSError(errno.ENOSPC, "what is to come does not fit", str(partial.path))
-
-
-def _kept(partial: Partial | None) -> str:
-    """What an interruption leaves, as the first process knows it."""
-    if partial is None or partial.done() == 0:
-        return "no whole batch, and nothing is kept"
-    return f"{partial.done():,} of {partial.n:,} samples; the same command goes on from there"
 
 
 def _class_of(label: str, facts: Facts) -> int:
