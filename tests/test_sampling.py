@@ -3,12 +3,12 @@
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -17,12 +17,14 @@ import pytest
 import torch
 from filelock import FileLock
 from PIL import Image
+from torch import nn
 from typer.testing import CliRunner
 
 from ancestral.apps import sampling
 from ancestral.apps.cli import app
 from ancestral.data import draw, load
-from ancestral.diffusion.process import Instant
+from ancestral.diffusion.denoise import NetworkDenoiser
+from ancestral.diffusion.process import Instant, cosine
 from ancestral.diffusion.sample import SAMPLERS, grid, walk
 from ancestral.diffusion.watch import Glimpse
 from ancestral.rng import streams
@@ -200,6 +202,14 @@ def test_killed_between_two_final_names_it_ends_the_same(trained, tmp_path, monk
     assert whole(trained, tmp_path / "stopped", *words) == undisturbed
 
 
+def test_stopped_before_the_first_batch_nothing_is_left(trained, tmp_path, monkeypatch):
+    interrupted_after(0, monkeypatch, KeyboardInterrupt)
+    result = ancestral("sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path)
+    assert result.exit_code == 3
+    assert "stopped; there was no whole batch, and nothing is kept" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_is_exit_code_4_and_what_is_done_is_gone_on_with(trained, tmp_path, monkeypatch):
     words = ["-n", 150, "--steps", 3]
     with monkeypatch.context() as patch:
@@ -224,28 +234,26 @@ def test_what_cannot_fit_on_the_disk_is_not_begun(trained, tmp_path, monkeypatch
 
 
 def test_only_the_same_job_is_gone_on_with(trained, tmp_path, monkeypatch):
-    """Another seed, and the same seed with other weights, begin anew and leave what was begun alone."""
+    """Another seed, other pictures and other weights begin anew and leave what was begun alone."""
+
+    def drawn(*words: object) -> dict:
+        command = ["sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path, "--json", *words]
+        return json.loads(ancestral(*command).stdout)
+
     with monkeypatch.context() as patch:
         interrupted_after(1, patch, KeyboardInterrupt)
-        assert ancestral("sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path).exit_code == 3
-    begun = tree(tmp_path / "sample-0001.partial")
-    retrained = trained.parent / "retrained"
-    shutil.copytree(trained, retrained)
-    for words in ([trained, "--seed", 1], [trained, "--steps", 4]):
-        record = json.loads(ancestral("sample", "-n", 150, "--steps", 3, "--out", tmp_path, "--json", *words).stdout)
-        assert record["begun_at"] == 0
-    manifest = trained / "final" / durable.MANIFEST
+        assert drawn()["exit_code"] == 3
+    begun, manifest = tree(tmp_path / "sample-0001.partial"), trained / "final" / durable.MANIFEST
+    assert [drawn(*words)["begun_at"] for words in (["--seed", 1], ["--sheet"])] == [0, 0]
     kept = manifest.read_text()
     manifest.write_text(kept + "\n")  # as other weights would have another
-    try:
-        record = json.loads(ancestral("sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path, "--json").stdout)
-        assert record["begun_at"] == 0
-    finally:
-        manifest.write_text(kept)
+    other = drawn()
+    manifest.write_text(kept)
+    assert other["begun_at"] == 0
     assert tree(tmp_path / "sample-0001.partial") == begun
-    record = json.loads(ancestral("sample", trained, "-n", 150, "--steps", 3, "--out", tmp_path, "--json").stdout)
-    assert record["begun_at"] == 64
-    assert record["artifacts"]["npy"] == str(tmp_path / "sample-0001.npy")
+    same = drawn()
+    assert same["begun_at"] == 64
+    assert same["artifacts"]["npy"] == str(tmp_path / "sample-0001.npy")
 
 
 def test_two_commands_do_not_write_one_file(trained, tmp_path, monkeypatch):
@@ -387,27 +395,53 @@ def test_points_of_the_plane_are_drawn_where_they_are(tmp_path):
 # From Python.
 
 
-def test_two_threads_draw_from_one_model_what_each_would_alone(model):
-    """And no evaluation is lost from the count, although threads change places all the time."""
-    alone = [torch.cat(list(model.sample_batches(48, batch=8, steps=6, rng=seed))) for seed in (0, 1)]
-    found: dict[int, torch.Tensor] = {}
-
-    def work(seed: int) -> None:
-        found[seed] = torch.cat(list(model.sample_batches(48, batch=8, steps=6, rng=seed)))
-
-    before, interval = model.network.asked, sys.getswitchinterval()
+@pytest.fixture
+def restless() -> Iterator[None]:
+    """Threads change places as often as they can."""
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    try:
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def at_once(*work: Callable[[], None]) -> None:
+    threads = [threading.Thread(target=each) for each in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.usefixtures("restless")
+def test_two_threads_draw_from_one_model_what_each_would_alone(model):
+    def drawn(seed: int) -> torch.Tensor:
+        return torch.cat(list(model.sample_batches(48, batch=8, steps=6, rng=seed)))
+
+    alone, found = [drawn(0), drawn(1)], {}
+    at_once(lambda: found.update({0: drawn(0)}), lambda: found.update({1: drawn(1)}))
     assert torch.equal(found[0], alone[0])
     assert torch.equal(found[1], alone[1])
-    assert model.network.asked - before == 2 * 48 * 6
+
+
+@pytest.mark.usefixtures("restless")
+def test_no_evaluation_is_lost_from_the_count_among_threads():
+    """Four threads ask a network that has nothing to do a thousand times each."""
+    denoiser = NetworkDenoiser(Idle(), cosine())
+    (t,), x = denoiser.process.instants([0.5]), torch.zeros(1, 1)
+
+    def work() -> None:
+        for _ in range(1000):
+            denoiser(x, t)
+
+    at_once(*[work] * 4)
+    assert denoiser.asked == 4000
+
+
+class Idle(nn.Module):
+    """A network that gives back what it is given."""
+
+    def forward(self, x, log_snr):
+        return x
 
 
 @pytest.mark.parametrize("at", [0, 3, 5])
