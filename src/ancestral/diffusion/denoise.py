@@ -128,6 +128,7 @@ class NetworkDenoiser(Denoiser):
         if getattr(net, "posterior", False) and predicts != "x0":
             raise OptionError(f"a network with a posterior over levels predicts 'x0', received {predicts!r}")
         self.net, self.process, self.predicts, self.sigma_data = net, process, predicts, sigma_data
+        self.curve = process.curve  # which is learnt with the network, if there is one
         self.asked = 0
         if not torch.stack(self.coefficients(1.0)).isfinite().all():
             raise OptionError(
@@ -179,7 +180,7 @@ class NetworkDenoiser(Denoiser):
         if not getattr(self.net, "variance", False):
             raise OptionError(
                 "reverse variance 'learned' needs a network that puts one out, and this one does not: train with "
-                "--set unet.variance=true (or mlp.variance), or use 'beta' or 'fixed-small'"
+                "--set unet.variance=true (or dit.variance, mlp.variance), or use 'beta' or 'fixed-small'"
             )
         c_skip, c_out, c_in = (per_example(c, x_t) for c in self.coefficients(t))
         first, second = self._ask(self.net.halves, c_in * x_t, t, labels)

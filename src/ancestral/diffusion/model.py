@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ancestral import gaussian
 from ancestral.data import Facts
 from ancestral.diffusion import flow, likelihood
 from ancestral.diffusion import sample as samplers
 from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, Given, NetworkDenoiser, between
-from ancestral.diffusion.process import LOG_SNR_MIN, Process
+from ancestral.diffusion.process import CONSTRAINTS, LOG_SNR_MIN, Process
 from ancestral.diffusion.watch import Glimpse, Watched, glimpses
 from ancestral.errors import OptionError, unknown
+from ancestral.nets import MonotoneCurve
 from ancestral.protocol import Batch, Density, Player
 from ancestral.rng import Seeds, rand, randn, streams
 
@@ -27,14 +29,16 @@ def bound(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
     """The middle terms of the bound, L_{t-1} = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - x_0_hat||^2, for reverse variance beta~.
 
     A term is drawn with probability proportional to the log-SNR it spans, where the noise-weighted error is even;
-    below LOG_SNR_MIN, where the terms vanish, none is drawn.
+    below LOG_SNR_MIN, where the terms vanish, none is drawn. Of a schedule that is learnt, which has the shape that
+    makes all terms alike, each is drawn as often as any other.
     """
     process, (s, t) = denoiser.process, (times[:-1], times[1:])
     span = -process.log_snr(times).clamp(min=LOG_SNR_MIN).diff()
+    often = span if process.curve is None else torch.ones_like(span)
     snr_lost = process.log_snr(s).exp() * process.gain(s, t)
-    weight = torch.where(span > 0, 0.5 * snr_lost * span.sum() / span, 0.0)
+    weight = torch.where(often > 0, 0.5 * snr_lost * often.sum() / often, 0.0)
     first = times.new_zeros(1)
-    return torch.cat([first, span]), torch.cat([first, weight])
+    return torch.cat([first, often]), torch.cat([first, weight])
 
 
 def min_snr(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,6 +70,9 @@ def edm(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
 
 HYBRID = 1e-3
 """Share of the bound in the hybrid objective."""
+
+GENTLY = 1e-3
+"""By how much the gradient of a schedule's shape is scaled: the network's is clipped as if it were not there."""
 
 UNTOLD = 0.1
 """Share of the training examples whose class the network is not told."""
@@ -118,19 +125,26 @@ class Diffusion(nn.Module):
         if variance == "learned" and not getattr(net, "variance", False):
             raise OptionError(
                 "reverse variance 'learned' needs a network that puts one out: --set unet.variance=true (or "
-                "mlp.variance), or use 'beta'"
+                "dit.variance, mlp.variance), or use 'beta'"
             )
         if decoder not in likelihood.DECODERS:
             raise unknown("decoder", decoder, likelihood.DECODERS)
+        whole = weighting == "bound" and decoder == "softmax" and variance != "learned"
+        if process.curve is not None and not (whole and facts.levels):
+            raise OptionError(
+                "a learned schedule needs data on levels, weighting 'bound', decoder 'softmax', whose cost one of its "
+                f"ends decides, and no learned variance; received {facts.levels} levels, {weighting!r}, {decoder!r} "
+                f"and {variance!r}: start from --recipe digits_bits or mnist_bits"
+            )
         if chain < 2:
             raise OptionError(f"a chain needs at least 2 steps to be trained, received {chain}")
         self.facts, self.process, self.variance = facts, process, variance
         self.decoder, self.chain = decoder, chain
         self.network = NetworkDenoiser(net, process, predicts)
-        times = samplers.grid(process, chain).flip(0)
-        probability, self._weight = WEIGHTINGS[weighting](self.network, times)
-        self._times, self._probability = times, probability / probability.sum()
-        self._cumulative, self._mixed = self._probability.cumsum(0), weighting != "bound"
+        self._times, self._weighting = samplers.grid(process, chain).flip(0), weighting
+        probability, self._weight = WEIGHTINGS[weighting](self.network, self._times)
+        self._probability = probability / probability.sum()
+        self._cumulative = self._probability.cumsum(0)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -165,12 +179,45 @@ class Diffusion(nn.Module):
         x_0, rows = batch.x, batch.rows
         u = (rand((1,), rows.common) + rows.index) / rows.of
         step = torch.searchsorted(self._cumulative, u, right=True).clamp(max=self.chain - 1)
+        if self.process.curve is not None:
+            return self._with_schedule(self.process.curve, batch, step)
         t, weight = self._times[step], self._weight[step]
         x_t, _ = self.process.marginal(x_0, t, rows)
         if self.variance == "learned":
             return self._hybrid(x_0, x_t, step, weight, self._labels(batch))
         error = (self.network(x_t, t, self._labels(batch)) - x_0).square().flatten(1).mean(1)
         return (weight.to(error) * error).mean()
+
+    def _with_schedule(self, curve: MonotoneCurve, batch: Batch, step: Tensor) -> Tensor:
+        """The whole bound per dimension, (L_T + sum L_{t-1} + L_0) / D, whose gradient moves a schedule's ends too.
+
+        To the middle terms the shape between the ends makes no difference, but to the variance of their estimate it
+        does. It is moved by the gradient of
+
+            sum_k E[L_{t-1}^2; bin k] / m_k,   m_k the share of time in bin k of the log-SNR,
+
+        at its least where m_k is in proportion to the root mean square of what a nat of log-SNR costs there. L_0 is
+        that of the decoder "softmax", on one value of each example.
+
+        Reference: Kingma et al. (2021), eq. 11, and appendix I.2 for learning the ends and the shape apart.
+        """
+        x_0, rows = batch.x, batch.rows
+        with curve.learning():
+            t, (first, last) = self._times[step], self.process.log_snr(self._times[[0, -1]])
+            weight = WEIGHTINGS["bound"](self.network, self._times)[1][step]
+            x_t, _ = self.process.marginal(x_0, t, rows)
+            error = (self.network(x_t, t, self._labels(batch)) - x_0).square().flatten(1).mean(1)
+        terms = weight.to(error) * error
+        x_0 = x_0.double().cpu().flatten(1)
+        alpha, sigma = CONSTRAINTS[self.process.constraint](last)
+        ends = gaussian.kl(alpha * x_0, sigma**2, torch.zeros_like(x_0), alpha**2 + sigma**2).mean()
+        value = x_0.gather(1, (rand((len(x_0), 1), rows) * x_0.shape[1]).long())
+        width = (-first / 2).exp()
+        seen = value + width * randn(value.shape, rows, dtype=torch.float64)
+        ends = ends - gaussian.log_softmax_level(value, seen, width, self.facts.levels or 0).mean()
+        of_bin = curve.log_mass()[curve.bin(self.process.log_snr(t))]
+        spread = -(terms.detach().double().cpu().square() * of_bin).mean()
+        return terms.mean() + ends.to(terms) + GENTLY * (spread - spread.detach())
 
     def _hybrid(self, x_0: Tensor, x_t: Tensor, step: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
         """The bound per dimension, which teaches the reverse variance; by itself, or with the weighted squared error.
@@ -184,10 +231,10 @@ class Diffusion(nn.Module):
         later = step.clamp(min=1)  # the first step has no middle term: what is computed for it is not counted
         s, t = self._times[later - 1], self._times[later]
         var = between(self.process, s, t, fraction)
-        nats = likelihood.term(self.process, x_0, guess.detach() if self._mixed else guess, var, s, t)
+        nats = likelihood.term(self.process, x_0, guess.detach() if self._weighting != "bound" else guess, var, s, t)
         share = torch.where(step > 0, 1 / self._probability[later], 0.0).to(nats)
         bound = (share * nats / x_0[0].numel()).mean()
-        if not self._mixed:
+        if self._weighting == "bound":
             return bound
         error = (guess - x_0).square().flatten(1).mean(1)
         return (weight.to(error) * error).mean() + HYBRID * bound

@@ -23,6 +23,7 @@ from torch.nn.functional import logsigmoid
 
 from ancestral import gaussian
 from ancestral.errors import OptionError, unknown
+from ancestral.nets import MonotoneCurve
 from ancestral.rng import Rng, randn_like
 
 Curve = Callable[[Tensor], Tensor]
@@ -97,6 +98,11 @@ class Process:
         if self.log_snr(0.0) != math.inf:
             raise OptionError(f"a process must start at the data, but its log-SNR at t = 0 is {self.log_snr(0.0):.4g}")
         self.chain(1000)
+
+    @property
+    def curve(self) -> MonotoneCurve | None:
+        """The curve, if it is one that is learnt."""
+        return self.log_snr_curve if isinstance(self.log_snr_curve, MonotoneCurve) else None
 
     def log_snr(self, t: Time) -> Tensor:
         """log(alpha_t^2 / sigma_t^2) in nats, float64, the shape of t."""
@@ -378,6 +384,14 @@ def log_linear(log_snr_max: float = 13.3, log_snr_min: float = -8.0, knee: float
     return Process(lambda t: log_snr_max - (log_snr_max - log_snr_min) * t + 2 * torch.log1p(knee / t))
 
 
+def learned(log_snr_max: float = 13.3, log_snr_min: float = -8.0, knee: float = 1e-4, bins: int = 64) -> Process:
+    """The log-linear schedule, whose ends and shape are then learnt with the network; see `Diffusion.loss`.
+
+    Reference: Kingma et al. (2021), section 5.
+    """
+    return Process(MonotoneCurve(log_snr_max, log_snr_min, knee, int(bins)))
+
+
 SCHEDULES: dict[str, Callable[..., Process]] = {
     "linear": linear,
     "scaled-linear": scaled_linear,
@@ -386,6 +400,7 @@ SCHEDULES: dict[str, Callable[..., Process]] = {
     "edm": edm,
     "straight": straight,
     "log-linear": log_linear,
+    "learned": learned,
 }
 
 

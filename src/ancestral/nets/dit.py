@@ -73,6 +73,7 @@ class DiT(nn.Module):
         classes: that labels may name; None without labels.
         levels: of the data, whose phases are added to the input; None for real-valued data.
         octaves: how many, see `LevelPhases`.
+        variance: put out a reverse variance too, see `denoise.reverse`.
         precision: "float32", "bfloat16" (weights stay float32), or "auto": bfloat16 where the hardware has it.
 
     Raises:
@@ -93,22 +94,32 @@ class DiT(nn.Module):
         classes: int | None = None,
         levels: int | None = None,
         octaves: int = 3,
+        variance: bool = False,
         precision: str = "auto",
     ) -> None:
         super().__init__()
         if width % 4 or width % heads:
             raise OptionError(f"a transformer's width is a multiple of 4 and of its {heads} heads, received {width}")
         self.lowered, self.patch, self.width, self.classes = lowered(precision), patch, width, classes
+        self.variance = variance
         self.embedding = NoiseEmbedding(width, classes)
         self.phases = LevelPhases(levels, octaves) if levels else None
         self.enter = nn.Conv2d(channels * (1 + 2 * octaves if levels else 1), width, patch, stride=patch)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, width) for _ in range(depth))
         self.modulation = zeroed(nn.Linear(width, 2 * width))
-        self.leave = zeroed(nn.Linear(width, channels * patch**2))
+        self.leave = zeroed(nn.Linear(width, channels * (1 + variance) * patch**2))
 
     def forward(self, x_BCHW: Tensor, log_snr: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, C, H, W), (B,), labels (B,) -> (B, C, H, W), float32. Without labels, of all classes together."""
-        (B, C, H, W), P = x_BCHW.shape, self.patch
+        return self._put_out(x_BCHW, log_snr, labels)[:, : x_BCHW.shape[1]]
+
+    def halves(self, x_BCHW: Tensor, log_snr: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the reverse variance of each value as a number about 0, where one is put out."""
+        first, second = self._put_out(x_BCHW, log_snr, labels).chunk(2, 1)
+        return first, second
+
+    def _put_out(self, x_BCHW: Tensor, log_snr: Tensor, labels: Tensor | None) -> Tensor:
+        (B, _, H, W), P = x_BCHW.shape, self.patch
         rows, columns = -(-H // P), -(-W // P)
         with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=self.lowered):
             embedding = self.embedding(log_snr, labels)
@@ -121,5 +132,10 @@ class DiT(nn.Module):
                 x_BNE = block(x_BNE, embedding)
             shift, scale = self.modulation(embedding)[:, None].chunk(2, 2)
             out = self.leave(modulated(x_BNE, shift, scale))
-        out_BCHW = out.float().reshape(B, rows, columns, C, P, P).permute(0, 3, 1, 4, 2, 5).reshape(B, C, rows * P, -1)
+        out_BCHW = (
+            out.float()
+            .reshape(B, rows, columns, -1, P, P)
+            .permute(0, 3, 1, 4, 2, 5)
+            .reshape(B, -1, rows * P, columns * P)
+        )
         return out_BCHW[:, :, :H, :W]

@@ -68,6 +68,7 @@ class DiTSection(Section):
     patch: int = Field(4, ge=1)
     labels: bool = False
     octaves: int = Field(3, ge=0)
+    variance: bool = False
     precision: str = "auto"
 
 
