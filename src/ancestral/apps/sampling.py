@@ -41,7 +41,7 @@ from ancestral.training.checkpoint import Saved
 from ancestral.training.processes import ALONE, Processes
 
 BATCH = 64
-SHOWN, POINTS = 256, 10_000
+SHOWN, POINTS = 256, 2_000
 FRAMES, COLUMNS, ROWS = 40, 9, 6
 """Samples in a batch; images and points in a picture, at most; frames of an animation; columns and rows of a sheet."""
 
