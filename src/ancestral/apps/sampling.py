@@ -33,6 +33,7 @@ from ancestral import __version__
 from ancestral.apps.output import fresh
 from ancestral.data import Facts, draw
 from ancestral.diffusion import sample as samplers
+from ancestral.diffusion.grids import grid
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.watch import Glimpse
 from ancestral.errors import NoSpace, Stopped, unknown
@@ -293,7 +294,7 @@ class _Watch:
         progress: Callable[..., None],
     ) -> None:
         self.model, self.partial, self.n, self.progress = model, partial, n, progress
-        self.last, facts = len(samplers.grid(model.process, steps)), model.facts
+        self.last, facts = len(grid(model.process, steps)), model.facts
         self.fit = max(2, draw.WIDTH // facts.shape[-1]) ** 2 if facts.is_image else BATCH  # in a picture on the way
         self.frames = _evenly(self.last, FRAMES) if gif else set()
         self.columns = _evenly(self.last, COLUMNS - 1) if sheet else set()

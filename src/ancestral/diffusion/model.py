@@ -11,6 +11,7 @@ from ancestral.data import Facts
 from ancestral.diffusion import flow, likelihood
 from ancestral.diffusion import sample as samplers
 from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, Given, NetworkDenoiser, between
+from ancestral.diffusion.grids import grid
 from ancestral.diffusion.process import CONSTRAINTS, LOG_SNR_MIN, Process
 from ancestral.diffusion.watch import Glimpse, Watched, glimpses
 from ancestral.errors import OptionError, unknown
@@ -141,7 +142,7 @@ class Diffusion(nn.Module):
         self.facts, self.process, self.variance = facts, process, variance
         self.decoder, self.chain = decoder, chain
         self.network = NetworkDenoiser(net, process, predicts)
-        self._times, self._weighting = samplers.grid(process, chain).flip(0), weighting
+        self._times, self._weighting = grid(process, chain).flip(0), weighting
         probability, self._weight = WEIGHTINGS[weighting](self.network, self._times)
         self._probability = probability / probability.sum()
         self._cumulative = self._probability.cumsum(0)
@@ -343,14 +344,14 @@ class Diffusion(nn.Module):
             >>> saved = pickle.dumps((point, rng))
 
             >>> point, rng = pickle.loads(saved)
-            >>> left = [t for t in samplers.uniform(10).tolist() if t <= point.t] + [0.0]
+            >>> left = [t for t in grid(model.process, 10).tolist() if t <= point.t] + [0.0]
             >>> options = {"rng": rng, "variance": model.variance}
             >>> *_, end = samplers.walk(samplers.ancestral.step, model.denoiser, point, left, **options)
             >>> torch.equal(facts.to_raw(end.x), model.sample(4, steps=10, rng=0))
             True
         """
         each = streams(rng, n, start=start)
-        times = samplers.grid(self.process, steps)
+        times = grid(self.process, steps)
         noise = randn((n, *self.facts.shape), each).to(self.device) * float(self.process.prior_var(times[0])) ** 0.5
         if sampler is samplers.ancestral:
             options.setdefault("variance", self.variance)
@@ -394,7 +395,7 @@ class Diffusion(nn.Module):
 
         It starts at the first time after 0, from alpha_t x_0: the noise there is not drawn.
         """
-        times = samplers.grid(self.process, steps).flip(0).tolist()
+        times = grid(self.process, steps).flip(0).tolist()
         start = samplers.Point(
             times[0], self.process(times[0])[0].float() * self.facts.scale.forward(x).to(self.device)
         )
