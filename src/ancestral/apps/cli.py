@@ -147,8 +147,13 @@ def train(
 def sample(
     run: RunPath,
     n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 100,
-    sampler: Annotated[str, typer.Option(help="ancestral, ddim, euler, heun or annealed-langevin.")] = "ancestral",
+    steps: Annotated[int, typer.Option(min=1, help="Of the sampler; evaluations of one that is fitted.")] = 100,
+    sampler: Annotated[
+        str, typer.Option(help="ancestral, ddim, heun, dpmpp-2m, unipc-2, ...; or 'fitted' to this model.")
+    ] = "ancestral",
+    grid: Annotated[
+        str | None, typer.Option(help="Of times: uniform, log-snr, karras, ...; by default that of the process.")
+    ] = None,
     seed: Seed = 0,
     ema: Ema = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the files; by default inside RUN.")] = None,
@@ -162,15 +167,14 @@ def sample(
     with _guarded(as_json, debug):
         from ancestral.apps import sampling
         from ancestral.apps.progress import Progress
-        from ancestral.diffusion.sample import SAMPLERS
         from ancestral.training import checkpoint, processes
 
-        if sampler not in SAMPLERS:
-            raise unknown("sampler", sampler, SAMPLERS)
         with _signals(), processes.join() as group, Progress(quiet=not group.first) as progress:
             saved = checkpoint.open_run(run, ema)
             saved.model.to(group.device)
-            recipe = {"run": str(saved.path), "n": n, "sampler": sampler, "steps": steps, "seed": seed}
+            fits = checkpoint.run_of(run) / "fits"
+            step, times, way = sampling.way(saved, sampler, grid, steps, fits, progress=progress.update, group=group)
+            recipe = {"run": str(saved.path), "n": n, **way, "seed": seed}
             recipe |= {"ema": ema} if ema is not None else {}
             recipe |= {"label": label} if label is not None else {}
             drawn = sampling.draw_samples(
@@ -178,8 +182,8 @@ def sample(
                 out or checkpoint.run_of(run) / "samples",
                 n,
                 recipe,
-                steps=steps,
-                sampler=SAMPLERS[sampler],
+                steps=times,
+                sampler=step,
                 seed=seed,
                 label=label,
                 gif=gif,

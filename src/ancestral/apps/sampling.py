@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ from ancestral import __version__
 from ancestral.apps.output import fresh
 from ancestral.data import Facts, draw
 from ancestral.diffusion import sample as samplers
-from ancestral.diffusion.grids import grid
+from ancestral.diffusion.fit import Fit
+from ancestral.diffusion.grids import GRIDS
+from ancestral.diffusion.grids import grid as grid_of
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.watch import Glimpse
-from ancestral.errors import NoSpace, Stopped, unknown
+from ancestral.errors import NoSpace, OptionError, Stopped, unknown
 from ancestral.training import durable, resources
 from ancestral.training.checkpoint import Saved
 from ancestral.training.processes import ALONE, Processes
@@ -176,13 +178,76 @@ def claim(folder: Path, facts: Facts, n: int, recipe: Mapping[str, Any], job: Ma
     return Partial(path, facts, n, recipe, lock)
 
 
+def way(
+    saved: Saved,
+    sampler: str,
+    grid: str | None,
+    steps: int,
+    folder: Path,
+    *,
+    progress: Callable[..., None],
+    group: Processes = ALONE,
+) -> tuple[samplers.Sampler, int | Tensor, dict[str, Any]]:
+    """A sampler, its steps, and what a recipe says of them.
+
+    Args:
+        saved: the checkpoint to draw from.
+        sampler: a key of `samplers.SAMPLERS`; or "fitted", the one that serves this model best, and its times. What is
+            found is kept in the folder, and read again for the same weights and number of evaluations.
+        grid: a key of `GRIDS`; None for the default one.
+        steps: their number, or for "fitted" that of evaluations.
+        folder: for what was found.
+        progress: told (what, done, of).
+        group: the processes that work together, the first of which fits.
+
+    Raises:
+        OptionError: if there is no such sampler or grid, or a fitted one is to have another grid.
+    """
+    if grid is not None and grid not in GRIDS:
+        raise unknown("grid", grid, GRIDS)
+    if sampler == FITTED:
+        if grid is not None:
+            raise OptionError(f"a fitted sampler has times of its own, received --grid {grid}: leave one of them out")
+        found = group.told(_fitted(saved, steps, folder, progress) if group.first else None)
+        assert found is not None
+        times = list(found.times)
+        recipe = {"sampler": found.sampler, "steps": len(times), "times": times}
+        return samplers.SAMPLERS[found.sampler], found.steps, recipe
+    if sampler not in samplers.SAMPLERS:
+        raise unknown("sampler", sampler, (FITTED, *samplers.SAMPLERS))
+    recipe = {"sampler": sampler, "steps": steps} | ({"grid": grid} if grid else {})
+    return samplers.SAMPLERS[sampler], GRIDS[grid](saved.model.process, steps) if grid else steps, recipe
+
+
+def _fitted(saved: Saved, evaluations: int, folder: Path, progress: Callable[..., None]) -> Fit:
+    """What was found for these weights, or is found now."""
+    path = folder / f"{weights(saved)[:12]}-average-{saved.ema:g}-evaluations-{evaluations}.json"
+    try:
+        return Fit(**json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError):
+        progress("fitting a sampler to the model", 0, 1)
+        found = saved.model.fitted(evaluations)
+        folder.mkdir(parents=True, exist_ok=True)
+        durable.write_json(path, asdict(found))
+        return found
+
+
+FITTED = "fitted"
+"""The name of a sampler that is chosen for the model."""
+
+
+def weights(saved: Saved) -> str:
+    """A digest of what is drawn from: of the manifest that has those of all files of a checkpoint."""
+    return hashlib.sha256((saved.path / durable.MANIFEST).read_bytes()).hexdigest()
+
+
 def draw_samples(
     saved: Saved,
     folder: Path,
     n: int,
     recipe: Mapping[str, Any],
     *,
-    steps: int,
+    steps: int | Tensor,
     sampler: samplers.Sampler,
     seed: int,
     label: str | None = None,
@@ -201,7 +266,7 @@ def draw_samples(
         folder: for the files.
         n: how many.
         recipe: how they are made, which the files carry.
-        steps: of the sampler.
+        steps: of the sampler, or its times.
         sampler: one of `samplers.SAMPLERS`.
         seed: sample i has the stream (seed, i).
         label: name of the class to draw from.
@@ -221,7 +286,7 @@ def draw_samples(
     job = {
         "recipe": dict(recipe),
         "pictures": {"gif": gif, "sheet": sheet},
-        "weights": hashlib.sha256((saved.path / durable.MANIFEST).read_bytes()).hexdigest(),
+        "weights": weights(saved),
         "batch": BATCH,
         "versions": {"ancestral": __version__, "torch": torch.__version__},
     }
@@ -287,14 +352,14 @@ class _Watch:
         model: Diffusion,
         partial: Partial | None,
         n: int,
-        steps: int,
+        steps: int | Tensor,
         *,
         gif: bool,
         sheet: bool,
         progress: Callable[..., None],
     ) -> None:
         self.model, self.partial, self.n, self.progress = model, partial, n, progress
-        self.last, facts = len(grid(model.process, steps)), model.facts
+        self.last, facts = len(grid_of(model.process, steps)), model.facts
         self.fit = max(2, draw.WIDTH // facts.shape[-1]) ** 2 if facts.is_image else BATCH  # in a picture on the way
         self.frames = _evenly(self.last, FRAMES) if gif else set()
         self.columns = _evenly(self.last, COLUMNS - 1) if sheet else set()

@@ -11,6 +11,7 @@ from ancestral.data import Facts
 from ancestral.diffusion import flow, likelihood
 from ancestral.diffusion import sample as samplers
 from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, Given, NetworkDenoiser, between
+from ancestral.diffusion.fit import Fit, fit
 from ancestral.diffusion.grids import grid
 from ancestral.diffusion.process import CONSTRAINTS, LOG_SNR_MIN, Process
 from ancestral.diffusion.watch import Glimpse, Watched, glimpses
@@ -356,6 +357,29 @@ class Diffusion(nn.Module):
         if sampler is samplers.ancestral:
             options.setdefault("variance", self.variance)
         return sampler.path(denoiser or self.given(labels), noise, times, rng=each, **options)
+
+    def fitted(self, evaluations: int, *, n: int = 64, rng: Seeds = 0) -> Fit:
+        """The deterministic sampler and its times that serve this model best for so many evaluations; see `fit.fit`.
+
+        Nothing is asked at less noise than the first step of the chain has.
+
+        Args:
+            evaluations: of the network for each example that will be sampled, at most.
+            n: walks from which it is learnt, at least 16.
+            rng: a seed, one per walk, or generators.
+
+        Example:
+            >>> from ancestral.data import load
+            >>> from ancestral.training import recipes
+            >>> facts = load("ring-8").facts
+            >>> model = recipes.build(recipes.choose(facts), facts)
+            >>> found = model.fitted(3, n=16)
+            >>> images = model.sample(5, sampler=samplers.SAMPLERS[found.sampler], steps=found.steps)
+            >>> found.evaluations
+            3
+        """
+        x_T = randn((n, *self.facts.shape), streams(rng, n)).to(self.device) * float(self.process.prior_var()) ** 0.5
+        return fit(self.denoiser, x_T, evaluations, log_snr_max=float(self.process.log_snr(self._times[0])))
 
     def bound(
         self, x: Tensor, *, rng: Seeds = 0, start: int = 0, denoiser: Denoiser | None = None, **options: Any
