@@ -15,11 +15,13 @@ from ancestral.apps.cli import app
 from ancestral.diffusion import denoise, sample
 from ancestral.diffusion import process as P
 from ancestral.diffusion.denoise import ROWS
+from ancestral.diffusion.flow import flow_likelihood
 from ancestral.diffusion.sample import SAMPLERS, Sampler
+from ancestral.errors import OptionError
 from ancestral.measure import certify as C
-from ancestral.measure import law, order
-from ancestral.measure.certificate import Certificate, SamplerRow
-from ancestral.measure.subjects import GRIDS, LIKELIHOODS, STANDARD_ERRORS
+from ancestral.measure import identities, law, order
+from ancestral.measure.certificate import Certificate, LikelihoodRow, SamplerRow
+from ancestral.measure.subjects import GRIDS, LIKELIHOODS, STANDARD_ERRORS, TARGETS, Likelihood, known_rows, load
 from ancestral.rng import randn_like, stream
 
 NAMES = {"sampler": "wrong", "schedule": "cosine", "predicts": "v"}
@@ -37,14 +39,9 @@ def everything() -> tuple[int, dict]:
     return run()
 
 
-def plugin(folder: Path, code: str) -> Path:
-    path = folder / "mine.py"
-    path.write_text(
-        "import torch\nfrom ancestral.diffusion.sample import *\nfrom ancestral.diffusion import process as P\n"
-        "from ancestral.diffusion.sample import Sampler, euler_step, heun_step, ddim_step\n"
-        f"from ancestral.rng import randn_like\n{code}"
-    )
-    return path
+@pytest.fixture(scope="module")
+def laws() -> dict[str, law.Oracle]:
+    return law.oracles(thorough=False, seed=0)
 
 
 def test_all_that_is_registered_passes_in_short(everything):
@@ -192,23 +189,161 @@ def test_the_right_weight_passes_where_half_of_it_fails():
         (hot_langevin_step, P.edm(), "covariance"),
     ],
 )
-def test_what_is_exact_on_a_point_and_wrong_on_a_law_fails_on_the_law(step, process, wrong):
+def test_what_is_exact_on_a_point_and_wrong_on_a_law_fails_on_the_law(laws, step, process, wrong):
     sampler = Sampler(step, None, stochastic=True)
     assert order.grade(sampler, process, "v")[1] == []
-    _, faults = law.grade(sampler, GRIDS["default"], process, law.oracles(False, 0)["gaussian"], 0)
+    _, faults = law.grade(sampler, GRIDS["default"], process, laws["gaussian"], 0)
     assert re.search(rf"the {wrong} is \d+ standard errors off", "; ".join(faults)), faults
 
 
-def test_the_same_churn_with_the_guess_at_the_raised_level_passes():
+def test_the_same_churn_with_the_guess_at_the_raised_level_passes(laws):
     sampler = Sampler(partial(churn_step, after=False), None, stochastic=True)
-    assert law.grade(sampler, GRIDS["default"], P.edm(), law.oracles(False, 0)["gaussian"], 0)[1] == []
+    assert law.grade(sampler, GRIDS["default"], P.edm(), laws["gaussian"], 0)[1] == []
 
 
-def test_exact_samples_exceed_the_threshold_less_than_once_in_200():
+def test_exact_samples_exceed_the_threshold_less_than_once_in_200(laws):
     """Of exact samples in place of a sampler's; a verdict needs it twice, so it errs less than once in 40,000."""
     beyond = []
-    for given in law.oracles(False, 0).values():
+    for given in laws.values():
         for i in range(70):
             found = law.errors(given.law, given.law.sample(given.samples, rng=stream(9, i)), given.reference)
             beyond.append(bool(((law.even(found) - given.mean) / given.std > STANDARD_ERRORS).any()))
     assert sum(beyond) <= 1
+
+
+# Processes, parameterizations and likelihoods
+
+
+def test_a_curve_in_single_precision_fails_bayes():
+    """Rounded after it was computed: differences of close times cancel."""
+    curve = P.cosine().log_snr_curve
+    process = P.Process(lambda t: curve(t).float().double())
+    _, faults = identities.grade_process(process, "v", TARGETS["v"])
+    assert "time(log_snr(t)) is not t" in "; ".join(faults)
+
+
+def test_a_process_that_ends_in_signal_fails():
+    _, faults = identities.grade_process(P.Process(lambda t: 1 - 2 * t.log()), "v", TARGETS["v"])
+    assert "with more signal than noise" in "; ".join(faults)
+
+
+def test_a_row_of_the_wrong_sign_fails_its_published_target():
+    """Through the row and back it is exact, as every row is with its own inverse; the target tells."""
+    with known_rows({"flipped": lambda a, s, d: (1 / a, s / a)}):
+        found, faults = identities.grade_process(P.cosine(), "flipped", TARGETS["eps"])
+    assert found["round_trip"] < 1e-9
+    assert [fault.split(":")[0] for fault in faults] == ["x_0 is not what the row makes of its target"]
+    assert "flipped" not in ROWS
+
+
+WRONG_LIKELIHOODS = {
+    "claims more than there is": Likelihood(lambda *given: LIKELIHOODS["bound-optimal"].nats(*given) - 0.2, "bound"),
+    "leaves out": Likelihood(LIKELIHOODS["bound-beta"].nats, "optimal"),
+    "off on single examples": Likelihood(
+        lambda d, x, rng: flow_likelihood(d, x[:12], rng=rng, log_snr_max=3.0).nats, "exact"
+    ),
+    "it takes one number per example": Likelihood(
+        lambda *given: LIKELIHOODS["bound-beta"].nats(*given).mean(), "bound"
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", WRONG_LIKELIHOODS)
+def test_a_wrong_likelihood_fails(reason):
+    def measure():
+        return identities.grade_likelihood(WRONG_LIKELIHOODS[reason], P.cosine(), identities.independent(), 4096, 0)
+
+    row = C.graded(LikelihoodRow, {"likelihood": "wrong", "schedule": "cosine", "oracle": "independent"}, measure)
+    assert row.verdict == "fail"
+    assert re.search(reason, row.reason), row.reason
+
+
+# Plug-ins
+
+
+def example() -> str:
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "certify.md").read_text(), re.DOTALL)
+    return code
+
+
+def test_the_example_of_the_page_passes_and_fails_when_it_claims_more(tmp_path):
+    path = tmp_path / "midpoint.py"
+    path.write_text(example())
+    code, record = run("--plugin", path)
+    assert (code, record["failures"]) == (0, 0)
+    assert {row["sampler"] for row in record["samplers"]} == {"midpoint"}
+    assert all(row["measured"] == pytest.approx(2, abs=0.1) for row in record["samplers"])
+    assert record["processes"] == record["likelihoods"] == []
+    path.write_text(example().replace("order=2", "order=3"))
+    code, record = run("--plugin", path, "--schedule", "cosine", "--predicts", "v")
+    assert code == 6
+    assert re.search(r"declares order 3 and has [12]\.", record["samplers"][0]["reason"])
+    Draft202012Validator(json.loads((DOCS / "certify.schema.json").read_text())).validate(record)
+
+
+BROKEN = """
+import sys
+from ancestral.diffusion.sample import Sampler
+
+def nan_step(denoiser, x, t, s, memory, *, rng=None):
+    return x * float("nan"), memory
+
+def leaving_step(denoiser, x, t, s, memory, *, rng=None):
+    sys.exit(0)
+
+SAMPLERS = {"nan": Sampler(nan_step, 1, False), "leaving": Sampler(leaving_step, None, True), "three": 3}
+SCHEDULES = {"rising": lambda: __import__("ancestral").diffusion.process.Process(lambda t: t), "none": lambda: None}
+ROWS = {"one": lambda a, s, d: a}
+GRIDS = {"rising": lambda process, n: 1 / n}
+LIKELIHOODS = {"raises": None}
+"""
+
+
+def test_whatever_a_plugin_does_wrong_is_a_row_with_a_reason(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text(BROKEN)
+    code, record = run("--plugin", path)
+    rows = [row for part in ("samplers", "laws", "processes", "likelihoods") for row in record[part]]
+    assert code == 6
+    assert rows
+    assert all(row["verdict"] == "fail" and row["reason"] for row in rows)
+    assert {row["sampler"] for row in record["samplers"]} == {"nan", "leaving", "three"}
+    result = CliRunner().invoke(app, ["certify", "--plugin", str(path)])
+    assert result.exit_code == 6
+    assert "FAIL three" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("1 / 0", "could not be run: ZeroDivisionError"),
+        ("import sys; sys.exit(0)", "could not be run: SystemExit: 0"),
+        ("x = 1", "defines no table"),
+        ("SAMPLERS = [1]", "must be a dict of names"),
+        ("SAMPLERS = {'heun': 1}", "there is a sampler 'heun' already"),
+    ],
+)
+def test_a_plugin_that_cannot_be_used_is_one_sentence_and_exit_code_2(tmp_path, code, sentence):
+    path = tmp_path / "unusable.py"
+    path.write_text(code)
+    code, record = run("--plugin", path)
+    assert code == 2
+    assert sentence in record["error"]
+    assert str(path) in record["error"]
+
+
+def test_a_plugin_can_be_a_module_or_an_object_in_one(tmp_path, monkeypatch):
+    (tmp_path / "held.py").write_text(example() + "\nclass Mine:\n    SAMPLERS = {'mine': SAMPLERS['midpoint']}\n")
+    monkeypatch.chdir(tmp_path)
+    assert set(load("held")["SAMPLERS"]) == {"midpoint"}
+    assert set(load("held:Mine")["SAMPLERS"]) == {"mine"}
+    for absent in ("held:Yours", "no_such_module", "no_such_file.py"):
+        with pytest.raises(OptionError, match="could not be run"):
+            load(absent)
+
+
+@pytest.mark.parametrize("option", ["sampler", "schedule", "predicts", "grid", "likelihood"])
+def test_an_unknown_name_is_refused_with_what_there_is(option):
+    code, record = run(f"--{option}", "nothing")
+    assert code == 2
+    assert re.search(r"unknown \w+ 'nothing': \(one of: ", record["error"])

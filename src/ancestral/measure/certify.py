@@ -127,6 +127,7 @@ def _sampler_rows(what: Subjects, thorough: bool, progress: Progress) -> list[Sa
     Where only processes or parameterizations are asked for, one sampler stands for all.
     """
     pairs = [pair for pair in product(what.names["SCHEDULES"], what.names["ROWS"]) if _is_defined(what, *pair)]
+    pairs = pairs or [("cosine", "v")]  # where a plug-in has broken ones only, they fail by themselves
     jobs = [
         (name, *pair)
         for i, name in enumerate(what.names["SAMPLERS"] if what.asks("SAMPLERS") else [_one(what)])

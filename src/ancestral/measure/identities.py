@@ -118,12 +118,16 @@ def independent() -> toys.Mixture:
 
 
 def grade_likelihood(likelihood: Likelihood, process: Process, law: toys.Toy, n: int, seed: int) -> Found:
-    """E[nats + log p(x_0)] on examples of the law, paired, against KL(q(x_T) || p(x_T))."""
+    """E[nats + log p(x_0)] on examples of the law, paired, against KL(q(x_T) || p(x_T)) = K.
+
+    Of an exact one, nats + log p = log q(x_T) - log p(x_T) on every example, of mean K and variance about 2 K.
+    """
     x_0 = law.sample(n, rng=stream(seed, 5))
     nats = likelihood.nats(OracleDenoiser(law, process), x_0, stream(seed, 6))
     if nats.ndim != 1 or not nats.isfinite().all():
         raise OptionError(f"returned nats of shape {tuple(nats.shape)}, or not finite: it takes one number per example")
-    gap, stderr = (float(c) for c in mean_and_stderr(nats.double() + law.log_prob(x_0[: len(nats)])))
+    difference = nats.double() + law.log_prob(x_0[: len(nats)])
+    gap, stderr = (float(c) for c in mean_and_stderr(difference))
     expected = _terminal_kl(law, process, seed)
     tight = likelihood.claim == "exact" or (likelihood.claim == "optimal" and law.name == "independent")
     slack = STANDARD_ERRORS * stderr + (SOLVED if likelihood.claim == "exact" else ROUNDING)
@@ -132,6 +136,9 @@ def grade_likelihood(likelihood: Likelihood, process: Process, law: toys.Toy, n:
         faults.append(f"claims more than there is: {gap:.4f} ± {stderr:.4f} nats, and at least {expected:.4f} must be")
     elif tight and gap > expected + slack:
         faults.append(f"leaves out {gap:.4f} ± {stderr:.4f} nats, where {expected:.4f} is all there is to leave out")
+    scatter = float(difference.square().mean().sqrt())
+    if likelihood.claim == "exact" and not scatter < SOLVED + STANDARD_ERRORS * (2 * expected) ** 0.5:
+        faults.append(f"is {scatter:.4f} nats off on single examples, whatever it is on average")
     return {"claim": likelihood.claim, "gap": gap, "stderr": stderr, "expected": expected}, faults
 
 

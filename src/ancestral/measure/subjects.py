@@ -154,7 +154,7 @@ def subjects(options: Mapping[str, Iterable[str] | None], plugin: str | None = N
                 raise unknown(TABLES[key][0], name, table)
         names[key] = wanted or list(table)
         named |= {key} if wanted else set()
-    walking = {"SAMPLERS", "GRIDS", "LIKELIHOODS"} & {key for key in named if options.get(key)}
+    walking = {"SAMPLERS", "GRIDS", "LIKELIHOODS"} & named
     return Subjects(tables, names, frozenset(named), frozenset(walking | set(added) if walking else named))
 
 
