@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from ancestral.diffusion import denoise, sample
 from ancestral.diffusion import process as P
 from ancestral.diffusion.denoise import ROWS
 from ancestral.diffusion.flow import flow_likelihood
-from ancestral.diffusion.sample import SAMPLERS, Sampler
+from ancestral.diffusion.sample import SAMPLERS
 from ancestral.errors import OptionError
 from ancestral.measure import certify as C
 from ancestral.measure import identities, law, order
@@ -170,14 +171,14 @@ def raising_step(denoiser, x, t, s, memory, *, rng=None):
     ],
 )
 def test_a_wrong_step_fails_for_its_fault(step, claimed, reason):
-    sampler = Sampler(step, claimed, stochastic=claimed is None)
+    sampler = replace(sample.euler, step=step, order=claimed, stochastic=claimed is None)
     row = C.graded(SamplerRow, NAMES, lambda: order.grade(sampler, P.cosine(), "v"))
     assert row.verdict == "fail"
     assert re.search(reason, row.reason), row.reason
 
 
 def test_the_right_weight_passes_where_half_of_it_fails():
-    slope, _ = order.measured(Sampler(whole_weight_step, 2, stochastic=False), P.cosine(), "v")
+    slope, _ = order.measured(replace(sample.euler, step=whole_weight_step, order=2), P.cosine(), "v")
     assert slope == pytest.approx(2, abs=0.15)
 
 
@@ -190,14 +191,14 @@ def test_the_right_weight_passes_where_half_of_it_fails():
     ],
 )
 def test_what_is_exact_on_a_point_and_wrong_on_a_law_fails_on_the_law(laws, step, process, wrong):
-    sampler = Sampler(step, None, stochastic=True)
+    sampler = replace(sample.ancestral, step=step)
     assert order.grade(sampler, process, "v")[1] == []
     _, faults = law.grade(sampler, GRIDS["default"], process, laws["gaussian"], 0)
     assert re.search(rf"the {wrong} is \d+ standard errors off", "; ".join(faults)), faults
 
 
 def test_the_same_churn_with_the_guess_at_the_raised_level_passes(laws):
-    sampler = Sampler(partial(churn_step, after=False), None, stochastic=True)
+    sampler = replace(sample.ancestral, step=partial(churn_step, after=False))
     assert law.grade(sampler, GRIDS["default"], P.edm(), laws["gaussian"], 0)[1] == []
 
 
@@ -267,14 +268,14 @@ def example() -> str:
 
 
 def test_the_example_of_the_page_passes_and_fails_when_it_claims_more(tmp_path):
-    path = tmp_path / "midpoint.py"
+    path = tmp_path / "halfway.py"
     path.write_text(example())
     code, record = run("--plugin", path)
     assert (code, record["failures"]) == (0, 0)
-    assert {row["sampler"] for row in record["samplers"]} == {"midpoint"}
+    assert {row["sampler"] for row in record["samplers"]} == {"halfway"}
     assert all(row["measured"] == pytest.approx(2, abs=0.1) for row in record["samplers"])
     assert record["processes"] == record["likelihoods"] == []
-    path.write_text(example().replace("order=2", "order=3"))
+    path.write_text(example().replace("step=halfway_step", "step=halfway_step, order=3"))
     code, record = run("--plugin", path, "--schedule", "cosine", "--predicts", "v")
     assert code == 6
     assert re.search(r"declares order 3 and has [12]\.", record["samplers"][0]["reason"])
@@ -283,7 +284,8 @@ def test_the_example_of_the_page_passes_and_fails_when_it_claims_more(tmp_path):
 
 BROKEN = """
 import sys
-from ancestral.diffusion.sample import Sampler
+from dataclasses import replace
+from ancestral.diffusion.sample import ancestral, euler
 
 def nan_step(denoiser, x, t, s, memory, *, rng=None):
     return x * float("nan"), memory
@@ -291,7 +293,7 @@ def nan_step(denoiser, x, t, s, memory, *, rng=None):
 def leaving_step(denoiser, x, t, s, memory, *, rng=None):
     sys.exit(0)
 
-SAMPLERS = {"nan": Sampler(nan_step, 1, False), "leaving": Sampler(leaving_step, None, True), "three": 3}
+SAMPLERS = {"nan": replace(euler, step=nan_step), "leaving": replace(ancestral, step=leaving_step), "three": 3}
 SCHEDULES = {"rising": lambda: __import__("ancestral").diffusion.process.Process(lambda t: t), "none": lambda: None}
 ROWS = {"one": lambda a, s, d: a}
 GRIDS = {"rising": lambda process, n: 1 / n}
@@ -333,9 +335,9 @@ def test_a_plugin_that_cannot_be_used_is_one_sentence_and_exit_code_2(tmp_path, 
 
 
 def test_a_plugin_can_be_a_module_or_an_object_in_one(tmp_path, monkeypatch):
-    (tmp_path / "held.py").write_text(example() + "\nclass Mine:\n    SAMPLERS = {'mine': SAMPLERS['midpoint']}\n")
+    (tmp_path / "held.py").write_text(example() + "\nclass Mine:\n    SAMPLERS = {'mine': SAMPLERS['halfway']}\n")
     monkeypatch.chdir(tmp_path)
-    assert set(load("held")["SAMPLERS"]) == {"midpoint"}
+    assert set(load("held")["SAMPLERS"]) == {"halfway"}
     assert set(load("held:Mine")["SAMPLERS"]) == {"mine"}
     for absent in ("held:Yours", "no_such_module", "no_such_file.py"):
         with pytest.raises(OptionError, match="could not be run"):

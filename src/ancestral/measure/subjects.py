@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ancestral.diffusion import grids
 from ancestral.diffusion.denoise import ROWS, Denoiser
 from ancestral.diffusion.flow import flow_likelihood
+from ancestral.diffusion.grids import Grid
 from ancestral.diffusion.likelihood import bound
 from ancestral.diffusion.process import SCHEDULES, Process
-from ancestral.diffusion.sample import SAMPLERS, Sampler, grid, karras, uniform
+from ancestral.diffusion.sample import SAMPLERS, Sampler
 from ancestral.errors import OptionError, unknown
 from ancestral.rng import Seeds
 
@@ -29,7 +31,6 @@ STANDARD_ERRORS = 4.0
 ROUNDING = 1e-8
 """What an identity may be off by, relative to numbers of size one."""
 
-Grid = Callable[[Process, int], Tensor]
 Target = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -47,8 +48,8 @@ class Likelihood:
     claim: str
 
 
-GRIDS: dict[str, Grid] = {"default": grid, "uniform": lambda process, n: uniform(n), "karras": karras}
-"""(process, n) -> n decreasing times."""
+GRIDS: dict[str, Grid] = {"default": grids.grid, **grids.GRIDS}
+"""(process, n) -> n decreasing times; the first is what a sampler takes that is given a number of steps."""
 
 TARGETS: dict[str, Target] = {
     "x0": lambda x_0, eps, a, s: x_0,
