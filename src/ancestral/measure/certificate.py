@@ -29,11 +29,12 @@ class SamplerRow(Row):
     sampler: str
     schedule: str
     predicts: str
-    declared: int | None = Field(None, description="order the sampler claims; none where noise is drawn")
+    declared: int | None = Field(None, description="order; none where noise is drawn or a tolerance is kept")
     measured: float | None = Field(None, description="slope of -log error over log steps")
     stderr: float | None = Field(None, description="of the slope, from the fit")
     point_mass: float | None = Field(None, description="distance of one step from the only point there is")
     exponential: float | None = Field(None, description="distance of a step between two times from the same law's flow")
+    distance: float | None = Field(None, description="from the flow, of a sampler that keeps a tolerance")
     alone: float | None = Field(None, description="distance of examples drawn alone from the same ones in a batch")
     evaluations: float | None = Field(None, description="of the network in each step but the last")
 

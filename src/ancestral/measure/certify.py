@@ -122,7 +122,7 @@ def _spread(items: Sequence[Any], n: int, offset: int) -> list[Any]:
 
 
 def _sampler_rows(what: Subjects, thorough: bool, progress: Progress) -> list[SamplerRow]:
-    """Every sampler; in short on three processes, through other parameterizations each.
+    """Every sampler; in short on two processes, through another parameterization each.
 
     Where only processes or parameterizations are asked for, one sampler stands for all.
     """
@@ -131,7 +131,7 @@ def _sampler_rows(what: Subjects, thorough: bool, progress: Progress) -> list[Sa
     jobs = [
         (name, *pair)
         for i, name in enumerate(what.names["SAMPLERS"] if what.asks("SAMPLERS") else [_one(what)])
-        for pair in (pairs if thorough else _spread(pairs, 3, 5 * i))
+        for pair in (pairs if thorough else _spread(pairs, 2, 5 * i))
     ]
     rows = []
     for i, (sampler, schedule, predicts) in enumerate(jobs):

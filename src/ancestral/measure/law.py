@@ -25,10 +25,8 @@ BUDGETS = (5, 10, 20, 50)
 
 FINE, AFFORDED, CLOSER = 80, 600, 0.6
 """Steps of the verdict on a law, evaluations it may take at most, and what must be left of the error after four times
-the steps, if that is still above exact samples: 1/4 of it is for order 1, 1/2 for order 1/2."""
-
-MOST = 1000
-"""Steps that a grid is asked for, whatever a step costs."""
+the steps, if that is still above exact samples: 1/4 of it is for order 1, 1/2 for order 1/2. A sampler that keeps a
+tolerance gains nothing by steps, and has a sixth."""
 
 REPEATS, SOME = 48, 512
 """Sets of exact samples from which a noise floor is estimated, and samples between which distances are taken."""
@@ -49,7 +47,7 @@ def mixture_64() -> toys.Mixture:
 
 
 ORACLES: dict[str, tuple[Callable[[], toys.Toy], int, int]] = {
-    "gaussian": (lambda: toys.named("gaussian"), 2048, 16_384),
+    "gaussian": (lambda: toys.named("gaussian"), 1024, 16_384),
     "mixture": (toys.mixture, 1024, 16_384),
     "mixture-64": (mixture_64, 256, 4096),
 }
@@ -75,6 +73,7 @@ class Oracle(NamedTuple):
     floor: Floor
 
 
+@cache
 def oracle(law: toys.Toy, n: int, seed: int) -> Oracle:
     """The law with the errors of `REPEATS` sets of n exact samples."""
     reference = law.sample(2 * SOME, rng=stream(seed, 1))
@@ -119,8 +118,8 @@ def grade(sampler: Sampler, grid: Grid, process: Process, given: Oracle, seed: i
     A failure is measured once more, on four times the samples with other noise, and is one only if it is there again:
     an event of probability p among right samplers becomes one of p^2.
     """
-    cost = _cost(sampler, process)
-    fine = max(4, min(FINE, _affordable(cost, AFFORDED)))
+    cost, keeps_a_tolerance = _cost(sampler, process), sampler.order is None and not sampler.stochastic
+    fine = max(4, min(FINE, _affordable(cost, AFFORDED // 6 if keeps_a_tolerance else AFFORDED)))
     point = _measured(sampler, grid, process, given, seed)
     points = [point(n) for n in (_affordable(cost, budget) for budget in BUDGETS) if n]
     found, faults = _verdict(point(fine // 4), point(fine), given)
@@ -181,6 +180,6 @@ def _cost(sampler: Sampler, process: Process) -> tuple[float, float]:
 
 
 def _affordable(cost: tuple[float, float], budget: int) -> int:
-    """The most steps that take at most so many evaluations; 0 if none does."""
+    """The most steps that take at most so many evaluations, of which every step takes one; 0 if none does."""
     last, each = cost
-    return min(MOST, 1 + int((budget - last) / max(each, 1 / MOST) + 1e-9)) if last <= budget else 0
+    return min(budget, 1 + int((budget - last) / max(each, 1.0) + 1e-9)) if last <= budget else 0
