@@ -46,12 +46,12 @@ def _laws(found: Certificate) -> Iterator[str]:
             f"law {floor.oracle}: errors of mean, covariance and energy distance of {floor.samples:,} samples, by "
             "evaluations"
         )
-        head = "".join(f"{budget:>17}" for budget in BUDGETS)
+        head = "".join(f"{budget:>18}" for budget in BUDGETS)
         yield f"  {'sampler, grid, process':<40}{head}{'finest':>24}  verdict"
         exact = f"{floor.mean:.3f} {floor.covariance:.3f} {floor.energy:.3f}".replace("0.", ".")
-        yield f"  {'(exact samples)':<40}{'':>{17 * len(BUDGETS)}}{exact:>24}"
+        yield f"  {'(exact samples)':<40}{'':>{18 * len(BUDGETS)}}{exact:>24}"
         for row in rows:
-            cells = "".join(f"{_cell(_within(row, budget)):>17}" for budget in BUDGETS)
+            cells = "".join(f"{_cell(_within(row, budget)):>18}" for budget in BUDGETS)
             fine = "-" if row.fine is None else f"{_cell(row.fine)} ({row.fine.evaluations})"
             yield f"  {f'{row.sampler}, {row.grid}, {row.schedule}':<40}{cells}{fine:>24}  {_verdict([row])}"
 
@@ -65,8 +65,14 @@ def _within(row: LawRow, budget: int) -> Point | None:
 def _cell(point: Point | None) -> str:
     if point is None:
         return "-"
-    numbers = (point.mean, point.covariance, point.energy)
-    return " ".join("-" if x is None else f"{x:.3f}".removeprefix("0") if x < 1 else f"{x:.3g}" for x in numbers)
+    return " ".join(_short(x) for x in (point.mean, point.covariance, point.energy))
+
+
+def _short(x: float | None) -> str:
+    """At most five characters."""
+    if x is None:
+        return "-"
+    return f"{x:.3f}".removeprefix("0") if x < 1 else f"{x:.2f}" if x < 100 else f"{x:.0e}"
 
 
 def _processes(rows: list[ProcessRow]) -> Iterator[str]:
