@@ -1,12 +1,13 @@
 """What the laws are measured against: exact denoisers, posed as networks, and noise of which every moment is known."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ancestral.data import Facts, Scale
-from ancestral.diffusion.denoise import ROWS, NetworkDenoiser, Posterior
+from ancestral.diffusion.denoise import ROWS, ExactNetwork
+from ancestral.diffusion.denoise import exact as exact
 from ancestral.diffusion.model import Diffusion
-from ancestral.diffusion.process import CONSTRAINTS, SCHEDULES, Process, cosine
+from ancestral.diffusion.process import SCHEDULES, cosine
 from ancestral.toys import named
 
 COMBINATIONS = [
@@ -16,25 +17,6 @@ COMBINATIONS = [
     if not (schedule == "straight" and predicts in ("eps", "score"))
 ]
 """Every schedule with every parameterization that is defined on it: alpha = 0 ends the straight path."""
-
-
-class ExactNetwork(nn.Module):
-    """The network that a parameterization would have to learn: it inverts the row around the exact denoiser."""
-
-    def __init__(self, law: Posterior, process: Process, predicts: str) -> None:
-        super().__init__()
-        self.law, self.level, self.row = law, CONSTRAINTS[process.constraint], ROWS[predicts]
-
-    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
-        alpha, sigma = self.level(log_snr)
-        c_skip, c_out = (c[:, None] for c in self.row(alpha, sigma, 1.0))
-        x_t = x * (alpha**2 + sigma**2).sqrt()[:, None]
-        return (self.law.posterior_mean(x_t, alpha, sigma) - c_skip * x_t) / c_out
-
-
-def exact(law: Posterior, process: Process, predicts: str) -> NetworkDenoiser:
-    """The exact denoiser of a law, reached through the given parameterization."""
-    return NetworkDenoiser(ExactNetwork(law, process, predicts), process, predicts)
 
 
 class FiniteSet:

@@ -8,7 +8,8 @@
     ├── Lost                 exit code 1: another process of the job has died
     ├── Stopped              exit code 3: stopped by a signal, what was done is kept
     ├── NoSpace              exit code 4: the disk is full, what was done before is kept
-    └── Diverged             exit code 5: training diverged, the last good checkpoint is named
+    ├── Diverged             exit code 5: training diverged, the last good checkpoint is named
+    └── Refused              exit code 6: something that `certify` graded did not pass, and it has said why
 
     RunWarning               a damaged checkpoint was passed over for an earlier one
 
@@ -63,6 +64,12 @@ class Diverged(AncestralError):
     """Training diverged; the last good checkpoint is named."""
 
     exit_code = 5
+
+
+class Refused(AncestralError):
+    """Something that was graded did not pass; the certificate says what and why."""
+
+    exit_code = 6
 
 
 class RunWarning(UserWarning):

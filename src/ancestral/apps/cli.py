@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ancestral.errors import AncestralError, OptionError, RunWarning, unknown
+from ancestral.errors import AncestralError, OptionError, Refused, RunWarning, unknown
 
 if TYPE_CHECKING:
     from ancestral.apps.progress import Progress
@@ -349,6 +349,50 @@ def figures(
             say(f"  {path}")
         if as_json:
             _print_json(seed=seed, artifacts={name: str(path) for name, path in artifacts.items()})
+
+
+@app.command(
+    epilog="Examples:  ancestral certify  |  ancestral certify --sampler heun --thorough  |  "
+    "ancestral certify --plugin mine.py --json"
+)
+def certify(
+    sampler: Annotated[list[str] | None, typer.Option(help="Only this sampler; may be repeated.")] = None,
+    schedule: Annotated[list[str] | None, typer.Option(help="Only this schedule.")] = None,
+    predicts: Annotated[list[str] | None, typer.Option(help="Only this parameterization.")] = None,
+    grid: Annotated[list[str] | None, typer.Option(help="Only this grid.")] = None,
+    likelihood: Annotated[list[str] | None, typer.Option(help="Only this likelihood.")] = None,
+    plugin: Annotated[
+        str | None, typer.Option(help="Grade what a Python file or module:name defines; this runs its code.")
+    ] = None,
+    thorough: Annotated[bool, typer.Option("--thorough", help="The full product with more samples.")] = False,
+    seed: Seed = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Grade samplers, grids, processes and likelihoods against exact laws; exit code 6 if one fails."""
+    with _guarded(as_json, debug):
+        from ancestral.apps import certify as told
+        from ancestral.apps.progress import Progress
+        from ancestral.measure import certify as grading
+
+        with Progress() as progress:
+            found = grading.certify(
+                samplers=sampler,
+                schedules=schedule,
+                predicts=predicts,
+                grids=grid,
+                likelihoods=likelihood,
+                plugin=plugin,
+                thorough=thorough,
+                seed=seed,
+                progress=progress.update,
+            )
+        for line in told.lines(found):
+            _Sayer(as_json)(line)
+        if as_json:
+            _print_json(**found.model_dump(mode="json", exclude_none=True))
+    if not found.passed:
+        raise typer.Exit(Refused.exit_code)
 
 
 @app.command(epilog="Example:  ancestral doctor --json")

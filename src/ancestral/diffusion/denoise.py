@@ -15,7 +15,7 @@ from typing import Any, Protocol, overload, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ancestral.diffusion.process import LOG_SNR_MIN, Instant, Process, Time, per_example
+from ancestral.diffusion.process import CONSTRAINTS, LOG_SNR_MIN, Instant, Process, Time, per_example
 from ancestral.errors import OptionError, unknown
 
 Row = Callable[[Any, Any, float], tuple[Any, Any]]  # of tensors, or of numbers
@@ -255,6 +255,37 @@ class OracleDenoiser(Denoiser):
         """E[x_0 | x_t], and the diagonal of Cov[x_0 | x_t]."""
         covariance = self.law.posterior_cov(x_t.double(), *self.process(t))
         return self(x_t, t), covariance.diagonal(dim1=-2, dim2=-1).to(x_t.dtype)
+
+
+class ExactNetwork(nn.Module):
+    """The network that a parameterization would have to learn: it inverts the row around the exact denoiser.
+
+    net(c_in x_t, log_snr) = (E[x_0|x_t] - c_skip x_t) / c_out
+    """
+
+    def __init__(self, law: Posterior, process: Process, predicts: str) -> None:
+        super().__init__()
+        self.law, self.level, self.row = law, CONSTRAINTS[process.constraint], ROWS[predicts]
+
+    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        """What the row turns into E[x_0 | x_t], for vectors, shape (B, D)."""
+        alpha, sigma = self.level(log_snr)
+        c_skip, c_out = (c[:, None] for c in self.row(alpha, sigma, 1.0))
+        x_t = x * (alpha**2 + sigma**2).sqrt()[:, None]
+        return (self.law.posterior_mean(x_t, alpha, sigma) - c_skip * x_t) / c_out
+
+
+def exact(law: Posterior, process: Process, predicts: str) -> NetworkDenoiser:
+    """The exact denoiser of a law, reached through the given parameterization, as a trained network would be.
+
+    Example:
+        >>> from ancestral import toys
+        >>> from ancestral.diffusion.process import cosine
+        >>> denoiser, x_t = exact(toys.named("mixture"), cosine(), "v"), torch.zeros(1, 2).double()
+        >>> torch.allclose(denoiser(x_t, 0.5), OracleDenoiser(toys.named("mixture"), cosine())(x_t, 0.5))
+        True
+    """
+    return NetworkDenoiser(ExactNetwork(law, process, predicts), process, predicts)
 
 
 class Clipped(Denoiser):
