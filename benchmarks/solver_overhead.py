@@ -1,0 +1,86 @@
+"""Time of a step beside the network: our samplers and the schedulers of diffusers around a network that does nothing.
+
+A turn is one walk of ours and one of the peer's loop (scale the input, ask, step); a row has the medians over the
+turns, and of their ratios. Theirs has its grid set before the clock starts, and so has ours.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import peer_diffusers_solvers as peer
+import torch
+from solver_problems import PROCESS
+from torch import Tensor, nn
+
+from ancestral.diffusion.denoise import NetworkDenoiser
+from ancestral.diffusion.sample import SAMPLERS, uniform
+from ancestral.rng import randn, stream
+
+SHAPES = ((64, 1, 32, 32), (16, 2))
+STEPS = 50
+WANTED = 5.0
+"""How many times the time of ours theirs should take."""
+
+
+class Nothing(nn.Module):
+    """A network that returns what it is given."""
+
+    def forward(self, x: Tensor, log_snr: Tensor) -> Tensor:
+        """The input."""
+        return x
+
+
+def ours(name: str, x: Tensor) -> Callable[[], float]:
+    """Seconds of a walk."""
+    denoiser, times, sampler = NetworkDenoiser(Nothing(), PROCESS, "eps"), uniform(STEPS), SAMPLERS[name]
+
+    def walk() -> float:
+        rng = stream(0) if sampler.stochastic else None
+        began = time.perf_counter()
+        sampler(denoiser, x, times, rng=rng)
+        return time.perf_counter() - began
+
+    return walk
+
+
+def theirs(name: str, x: Tensor) -> Callable[[], float]:
+    """Seconds of a walk of as many steps."""
+    noise = peer.SOLVERS[name].stochastic
+
+    @torch.no_grad()
+    def walk() -> float:
+        scheduler = peer.make(name, "linspace", PROCESS, STEPS)
+        options = {"generator": torch.Generator().manual_seed(0)} if noise else {}
+        sample = x * scheduler.init_noise_sigma
+        began = time.perf_counter()
+        for t in scheduler.timesteps:
+            eps = scheduler.scale_model_input(sample, t)
+            sample = scheduler.step(eps, t, sample, **options).prev_sample
+        return time.perf_counter() - began
+
+    return walk
+
+
+def measure(turns: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """A row for each shape and each solver that both have."""
+    rows = []
+    for shape in SHAPES:
+        x = randn(shape, stream(1))
+        for name in (name for name in peer.SOLVERS if name in SAMPLERS):
+            walks = ours(name, x), theirs(name, x)
+            mine, other = zip(*((walks[0](), walks[1]()) for _ in range(turns + 1)), strict=True)
+            ratios = [b / a for a, b in zip(mine[1:], other[1:], strict=True)]
+            row = {
+                "shape": list(shape),
+                "solver": name,
+                "ours_microseconds": 1e6 * statistics.median(mine[1:]) / STEPS,
+                "diffusers_microseconds": 1e6 * statistics.median(other[1:]) / STEPS,
+                "ratio": statistics.median(ratios),
+                "least": min(ratios),
+                "greatest": max(ratios),
+            }
+            rows.append(row)
+            say(f"{shape} {name}: {row['ours_microseconds']:.0f} us a step, diffusers {row['ratio']:.2f} times that")
+    return {"steps": STEPS, "turns": turns, "wanted": WANTED, "threads": torch.get_num_threads(), "rows": rows}

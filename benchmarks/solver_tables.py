@@ -1,0 +1,122 @@
+"""Tables in Markdown of what `solvers.py` measured."""
+
+import math
+from typing import Any
+
+Row = dict[str, Any]
+
+ROUNDING = 1e-5
+"""Differences below this are those of float32, in which some schedulers hold x."""
+
+REASONS = {
+    "dpm++3m": "theirs gives the quadratic term half its weight",
+    "ddim": "theirs steps to t - 1000 // n whatever the next time is",
+    "pndm": "theirs steps to t - 1000 // n whatever the next time is",
+    "deis-3": "theirs takes coefficients from differences of float32 antiderivatives",
+    "sde-dpm++3m": "theirs lets the weight of the quadratic term tend to -1 instead of 0",
+    "unipc-2-bh1": "theirs divides by an infinite B(h) in the step to no noise",
+    "unipc-3-bh1": "theirs divides by an infinite B(h) in the step to no noise",
+}
+"""Known faults of the peers, by the name of the solver."""
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return "nan" if math.isnan(value) else f"{value:.3g}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def ratio(row: Row) -> float:
+    """Their RMS over ours on the same grid; 1 where the two differ by rounding."""
+    if "refused" in row["sigma"] or "refused" in row["ours"]:
+        return math.nan
+    peer, own = row["sigma"]["rms"], row["ours"]["rms"]
+    return 1.0 if abs(peer - own) < ROUNDING else peer / own
+
+
+def verdict(name: str, ratios: list[float], failed: bool) -> str:
+    """What the ratios of all budgets say."""
+    if failed or max(ratios) > 1.01:
+        better = f"ours better: {REASONS.get(name, 'WHY?')}"
+        return better if failed or min(ratios) > 0.99 else f"{better}; OURS WORSE at some budgets"
+    return "equal within 1%" if min(ratios) > 0.99 else "OURS WORSE"
+
+
+def same_name(rows: list[Row]) -> str:
+    """Their error over ours, one line for each solver and grid."""
+    paired = [row for row in rows if "ours" in row and "rms" in row["ours"]]
+    budgets = sorted({row["budget"] for row in paired})
+    lines = []
+    for key in dict.fromkeys((row["library"], row["solver"], row["grid"]) for row in paired):
+        group = [row for row in paired if (row["library"], row["solver"], row["grid"]) == key]
+        ratios = [ratio(row) for row in group]
+        finite = [value for value in ratios if math.isfinite(value)]
+        lines.append([*key, *map(number, ratios), verdict(key[1], finite or [1.0], len(finite) < len(ratios))])
+    return table(["library", "solver", "grid", *map(str, budgets), "verdict"], lines)
+
+
+def _said(row: Row, told: str = "sigma") -> str:
+    found = row[told]
+    return f"{number(found['rms'])} / {number(found['median'])} / {100 * found['elsewhere']:.1f}%"
+
+
+def _named(row: Row) -> str:
+    return f"{row['solver']}, {row['grid']}" + ("" if row["library"] == "ours" else f" ({row['library']})")
+
+
+def best(rows: list[Row], measure: str) -> str:
+    """For each budget, the best of theirs by either way of telling the network the time, beside the best of ours."""
+    lines = []
+    for budget in sorted({row["budget"] for row in rows}):
+        line = [str(budget)]
+        for of_ours, told in ((False, "timestep"), (False, "sigma"), (True, "sigma")):
+            known = [
+                row
+                for row in rows
+                if row["budget"] == budget
+                and (row["library"] == "ours") == of_ours
+                and math.isfinite(row.get(told, {}).get(measure, math.nan))
+            ]
+            row = min(known, key=lambda row: row[told][measure])
+            line += [_named(row), _said(row, told)]
+        lines.append(line)
+    head = ["evaluations", "their best, told the timestep", "", "their best, told the sigma", "", "our best", ""]
+    return table(head, lines)
+
+
+def noisy(rows: list[Row], floor: dict[str, float]) -> str:
+    """Energy distance to exact draws of every solver that draws noise; ours on the same grid after the bar."""
+    drawn = [row for row in rows if "energy" in row["sigma"] or row["solver"].startswith("sde")]
+    budgets = sorted({row["budget"] for row in drawn})
+    lines = []
+    for key in dict.fromkeys((row["library"], row["solver"], row["grid"]) for row in drawn):
+        group = [row for row in drawn if (row["library"], row["solver"], row["grid"]) == key]
+        cells = []
+        for row in group:
+            sides = [row[side] for side in ("sigma", "ours") if side in row]
+            cells.append(" / ".join(number(side.get("energy", math.nan)) for side in sides))
+        lines.append([*key, *cells])
+    exact = f"Exact draws: {floor['mean']:.2g}, one in twenty above {floor['exceeded_by_one_in_20']:.2g}.\n\n"
+    return exact + table(["library", "solver", "grid", *map(str, budgets)], lines)
+
+
+def render(report: dict[str, Any]) -> str:
+    """Everything that the report has."""
+    parts = []
+    for name, found in report.get("oracles", {}).items():
+        parts += [
+            f"## {name}: {found['starts']} starts\n",
+            "RMS / median start / share of starts in another basin; best by RMS, then by the median.\n",
+            best(found["rows"], "rms"),
+            best(found["rows"], "median"),
+            "Their RMS over ours on the same grid, by evaluations.\n",
+            same_name(found["rows"]),
+            f"Energy distance of {found['draws']} draws, theirs / ours.",
+            noisy(found["rows"], found["floor"]),
+        ]
+    return "\n".join(parts)
