@@ -56,14 +56,14 @@ SOLVERS = {
     "heun": Solver("sample_heun", order=2, cost=(2, -1)),
     "dpm-2": Solver("sample_dpm_2", order=2, cost=(2, -1)),
     "lms": Solver("sample_lms", order=4),
-    "dpm++2m": Solver("sample_dpmpp_2m", order=2),
-    "dpm++2s": Solver("sample_dpmpp_2s_ancestral", {"eta": 0.0}, order=2, cost=(2, -1)),
-    "dpm++3m": Solver("sample_dpmpp_3m_sde", {"eta": 0.0}, order=3),
+    "dpmpp-2m": Solver("sample_dpmpp_2m", order=2),
+    "dpmpp-2s": Solver("sample_dpmpp_2s_ancestral", {"eta": 0.0}, order=2, cost=(2, -1)),
+    "dpmpp-3m": Solver("sample_dpmpp_3m_sde", {"eta": 0.0}, order=3),
     "euler-ancestral": Solver("sample_euler_ancestral"),
     "dpm-2-ancestral": Solver("sample_dpm_2_ancestral", cost=(2, -1)),
-    "sde-dpm++": Solver("sample_dpmpp_sde", cost=(2, -1)),
-    "sde-dpm++2m": Solver("sample_dpmpp_2m_sde"),
-    "sde-dpm++3m": Solver("sample_dpmpp_3m_sde"),
+    "sde-dpmpp-2s": Solver("sample_dpmpp_sde", cost=(2, -1)),
+    "sde-dpmpp-2m": Solver("sample_dpmpp_2m_sde"),
+    "sde-dpmpp-3m": Solver("sample_dpmpp_3m_sde"),
 }
 
 

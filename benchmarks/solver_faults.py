@@ -28,24 +28,24 @@ CURVES: list[tuple[str, str, str, str, tuple[int, ...], dict[str, Any]]] = [
     ],
     *[
         ("times cut to integers", "diffusers", name, grid, COUNTS, {"told": told})
-        for name in ("euler", "dpm++2m", "unipc-2", "deis-2")
+        for name in ("euler", "dpmpp-2m", "unipc-2", "deis-2")
         for grid in ("karras", "exponential", "beta")
         for told in ("sigma", "timestep")
     ],
     *[
         ("lower order at the end below 15 steps", "diffusers", name, grid, tuple(range(8, 21)), {})
-        for name in ("dpm++2m", "dpm++3m")
+        for name in ("dpmpp-2m", "dpmpp-3m")
         for grid in ("linspace", "karras")
     ],
     *[
         ("the first time of the grid", "diffusers", name, grid, DIVISORS, {})
-        for name in ("euler", "dpm++2m")
+        for name in ("euler", "dpmpp-2m")
         for grid in ("leading", "trailing")
     ],
     *[
         ("noise", library, name, grid, DIVISORS, {})
         for library in PEERS
-        for name in ("sde-dpm++2m", "sde-dpm++3m")
+        for name in ("sde-dpmpp-2m", "sde-dpmpp-3m")
         for grid in ("linspace", "karras")
     ],
     *[("churn", library, "euler", "karras", DIVISORS, {"s_churn": 40.0}) for library in PEERS],
@@ -113,4 +113,4 @@ def measure(problem: Problem, quick: bool, say: Callable[[str], None]) -> dict[s
         )
         said = ", ".join(f"{n}: {error:.3g}" for n, error in zip(counts, curves[-1]["errors"], strict=True))
         say(f"{what}: {library} {name} {grid} {options}: {said}")
-    return {"orders": orders, "curves": curves, "edm sde-dpm++3m": edm_sde_third_order(), "floor": floor(problem)}
+    return {"orders": orders, "curves": curves, "edm sde-dpmpp-3m": edm_sde_third_order(), "floor": floor(problem)}

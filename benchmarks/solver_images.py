@@ -32,11 +32,11 @@ from ancestral.training import checkpoint
 from ancestral.training.run import reload
 
 BUDGETS = (5, 8, 10, 15, 20, 50)
-USUAL = ("diffusers", "dpm++2m", "karras")
+USUAL = ("diffusers", "dpmpp-2m", "karras")
 """What is recommended most to users of diffusers."""
 
-GRIDS = ("linspace", "trailing", "karras", "exponential")
-"""Theirs that are tried here; leading and beta grids do not come first on laws that are known."""
+GRIDS = {"ours": ("uniform", "log-snr", "karras"), "diffusers": ("linspace", "trailing", "karras", "exponential")}
+"""Those that are tried here; the others do not come first on laws that are known."""
 
 Row = dict[str, Any]
 Pair = tuple[str, str, str]
@@ -69,12 +69,12 @@ def solution(denoiser: Denoiser, x_T: Tensor, steps: int) -> Tensor:
 def walks(process: Process, budget: int) -> dict[Pair, Callable[..., tuple[Tensor, float]]]:
     """Every deterministic solver on every grid that is tried, at a budget of evaluations."""
     found: dict[Pair, Callable[..., tuple[Tensor, float]]] = {}
-    for name, grid in product(SAMPLERS, ours.GRIDS):
+    for name, grid in product(ours.counted(), GRIDS["ours"]):
         steps = steps_within(ours.cost(name), budget)
         if not SAMPLERS[name].stochastic and steps >= 1:
             found["ours", name, grid] = partial(ours.on_grid, name, grid, process, steps)
     for name, solver in peer.SOLVERS.items():
-        for grid in set(GRIDS) & set(solver.grids):
+        for grid in set(GRIDS["diffusers"]) & set(solver.grids):
             if not solver.stochastic and not name.endswith("bh1"):
                 steps = steps_within(solver.cost, budget)
                 found["diffusers", name, grid] = partial(peer.walk, name, grid, process, steps=steps)

@@ -53,9 +53,9 @@ def theirs(problem: Problem, library: str, name: str, grid: str, budget: int) ->
     for told in TOLD[library]:
         walk = partial(peer.walk, name, grid, PROCESS, steps=steps, told=told, seed=SEED)
         row[told] = judged(problem, solver.stochastic, walk)
-    if name in SAMPLERS and SAMPLERS[name].stochastic == solver.stochastic:
+    if same := ours.named(name, solver.stochastic):
         sigmas = peer.sigmas(name, grid, PROCESS, steps)
-        row["ours"] = judged(problem, solver.stochastic, partial(ours.on_sigmas, name, PROCESS, sigmas, seed=SEED))
+        row["ours"] = judged(problem, solver.stochastic, partial(ours.on_sigmas, same, PROCESS, sigmas, seed=SEED))
     return row
 
 
@@ -69,7 +69,7 @@ def own(problem: Problem, name: str, grid: str, budget: int) -> Row:
 
 def rows(problem: Problem, budgets: tuple[int, ...]) -> Iterator[Row]:
     """Everything of ours, then everything of theirs."""
-    for name, grid, budget in product(SAMPLERS, ours.GRIDS, budgets):
+    for name, grid, budget in product(ours.counted(), ours.GRIDS, budgets):
         if steps_within(ours.cost(name), budget) >= 1:
             yield own(problem, name, grid, budget)
     for library, peer in PEERS.items():

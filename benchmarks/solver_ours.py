@@ -1,23 +1,36 @@
-"""Our samplers, on the grids of others and on our own, under the names of this benchmark."""
+"""Our samplers, on the grids of others and on our own."""
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ancestral.diffusion import sample
+from ancestral.diffusion import grids, sample
 from ancestral.diffusion.denoise import OracleDenoiser
 from ancestral.diffusion.process import Process, linear
 from ancestral.diffusion.sample import SAMPLERS
 from ancestral.rng import stream
 from ancestral.toys import gaussian
 
-GRIDS: dict[str, Callable[[Process, int], Tensor]] = {
-    "uniform": lambda process, n: sample.uniform(n),
-    "karras": sample.karras,
+GRIDS = {name: grid for name, grid in grids.GRIDS.items() if name != "exponential"}
+"""Ours, each once: "exponential" is another name of "log-snr"."""
+
+
+SAME = {
+    "dpm-2": "midpoint",
+    "pndm": "plms",
+    "deis-1": "euler",
+    "euler-ancestral": "ancestral",
+    "sde-dpmpp-1": "ancestral",
 }
+"""What the peers call by another name: the same formula, if they are right."""
+
+
+def named(name: str, stochastic: bool) -> str | None:
+    """Our sampler of a peer's name, if there is one that draws noise, or draws none, as theirs does."""
+    own = SAME.get(name, name)
+    return own if own in SAMPLERS and SAMPLERS[own].stochastic == stochastic else None
 
 
 def on_sigmas(
@@ -37,6 +50,11 @@ def on_grid(
     """Where the sampler takes x_T over a grid of ours, to the data: no noise."""
     times = GRIDS[grid](process, steps)
     return SAMPLERS[name](OracleDenoiser(law, process), x_T, times, rng=stream(seed)), 0.0
+
+
+def counted() -> list[str]:
+    """Our samplers whose evaluations are the same for every example, and so fit a budget."""
+    return [name for name, sampler in SAMPLERS.items() if getattr(sampler, "evaluations", 1) is not None]
 
 
 @cache

@@ -11,11 +11,13 @@ from typing import Any
 
 import peer_diffusers_solvers as peer
 import torch
+from solver_ours import named
 from solver_problems import PROCESS
 from torch import Tensor, nn
 
 from ancestral.diffusion.denoise import NetworkDenoiser
-from ancestral.diffusion.sample import SAMPLERS, uniform
+from ancestral.diffusion.grids import uniform
+from ancestral.diffusion.sample import SAMPLERS
 from ancestral.rng import randn, stream
 
 SHAPES = ((64, 1, 32, 32), (16, 2))
@@ -34,7 +36,7 @@ class Nothing(nn.Module):
 
 def ours(name: str, x: Tensor) -> Callable[[], float]:
     """Seconds of a walk."""
-    denoiser, times, sampler = NetworkDenoiser(Nothing(), PROCESS, "eps"), uniform(STEPS), SAMPLERS[name]
+    denoiser, times, sampler = NetworkDenoiser(Nothing(), PROCESS, "eps"), uniform(PROCESS, STEPS), SAMPLERS[name]
 
     def walk() -> float:
         rng = stream(0) if sampler.stochastic else None
@@ -68,8 +70,11 @@ def measure(turns: int, say: Callable[[str], None]) -> dict[str, Any]:
     rows = []
     for shape in SHAPES:
         x = randn(shape, stream(1))
-        for name in (name for name in peer.SOLVERS if name in SAMPLERS):
-            walks = ours(name, x), theirs(name, x)
+        for name, solver in peer.SOLVERS.items():
+            same = named(name, solver.stochastic)
+            if same is None:
+                continue
+            walks = ours(same, x), theirs(name, x)
             mine, other = zip(*((walks[0](), walks[1]()) for _ in range(turns + 1)), strict=True)
             ratios = [b / a for a, b in zip(mine[1:], other[1:], strict=True)]
             row = {

@@ -137,7 +137,7 @@ def mixture(name: str, dim: int, components: int, spread: float, widest: float, 
 def plane(quick: bool) -> Problem:
     """Five Gaussians in the plane, three times as long as wide."""
     law = mixture("plane", 2, 5, 1.0, 0.09, 0.01)
-    return Problem("plane", law, law.means, 200 if quick else 2000, 500 if quick else 2000)
+    return Problem("plane", law, law.means, 200 if quick else 2000, 200 if quick else 1000)
 
 
 def space(quick: bool) -> Problem:
@@ -150,7 +150,7 @@ def digits(quick: bool) -> Problem:
     """The 8x8 digits as they are: every training image in [-1, 1]^64, and nothing between."""
     data = load("digits")
     law = FiniteSet(data.facts.scale.forward(data.train).flatten(1))
-    return Problem("digits", law, law.points, 32 if quick else 256, 200 if quick else 1000)
+    return Problem("digits", law, law.points, 32 if quick else 128, 200 if quick else 500)
 
 
 PROBLEMS: dict[str, Callable[[bool], Problem]] = {"plane": plane, "space": space, "digits": digits}

@@ -9,11 +9,14 @@ ROUNDING = 1e-5
 """Differences below this are those of float32, in which some schedulers hold x."""
 
 REASONS = {
-    "dpm++3m": "theirs gives the quadratic term half its weight",
+    "dpmpp-3m": "theirs gives the quadratic term half its weight",
     "ddim": "theirs steps to t - 1000 // n whatever the next time is",
     "pndm": "theirs steps to t - 1000 // n whatever the next time is",
     "deis-3": "theirs takes coefficients from differences of float32 antiderivatives",
-    "sde-dpm++3m": "theirs lets the weight of the quadratic term tend to -1 instead of 0",
+    "heun": "theirs is Heun in sigma / alpha, ours in (alpha, sigma)",
+    "dpm-2": "theirs is the midpoint rule in sigma / alpha",
+    "ancestral": "theirs steps to t - 1000 // n whatever the next time is",
+    "sde-dpmpp-3m": "theirs lets the weight of the quadratic term tend to -1 instead of 0",
     "unipc-2-bh1": "theirs divides by an infinite B(h) in the step to no noise",
     "unipc-3-bh1": "theirs divides by an infinite B(h) in the step to no noise",
 }
@@ -105,6 +108,57 @@ def noisy(rows: list[Row], floor: dict[str, float]) -> str:
     return exact + table(["library", "solver", "grid", *map(str, budgets)], lines)
 
 
+def orders(found: list[Row]) -> str:
+    """Declared and measured order of the peers' solvers; the slope of each doubling before the last."""
+    lines = []
+    for row in found:
+        slopes = ", ".join(f"{slope:.2f}" for slope in row["slopes"])
+        lines.append([row["library"], row["solver"], str(row["declared"]), f"{row['measured']:.2f}", slopes])
+    return table(["library", "solver", "declared", "measured", "slope at each doubling of 40 steps"], lines)
+
+
+def curves(found: list[Row]) -> str:
+    """Errors against steps, each a line."""
+    lines = []
+    for row in found:
+        errors = ", ".join(f"{n}: {number(error)}" for n, error in zip(row["steps"], row["errors"], strict=True))
+        given = ", ".join(f"{key} {value}" for key, value in row["options"].items())
+        lines.append([row["what"], row["library"], row["solver"], row["grid"], given, f"{row['is']} at {errors}"])
+    return table(["looked at", "library", "solver", "grid", "with", "error by steps"], lines)
+
+
+def overhead(found: dict[str, Any]) -> str:
+    """Microseconds of a step beside the network."""
+    lines = []
+    for row in found["rows"]:
+        verdict = "yes" if row["ratio"] >= found["wanted"] else "NO"
+        spread = f"{row['ratio']:.2f} ({row['least']:.2f} to {row['greatest']:.2f})"
+        times = [f"{row[f'{side}_microseconds']:.0f}" for side in ("ours", "diffusers")]
+        lines.append(["x".join(map(str, row["shape"])), row["solver"], *times, spread, verdict])
+    head = ["shape", "solver", "ours, us", "diffusers, us", "ratio", f"at least {found['wanted']:g}"]
+    return table(head, lines)
+
+
+def looks(found: dict[str, Any]) -> str:
+    """What was reached on a trained network: the best pairs by RMS to its exact walk, then the Fréchet distances."""
+    lines = []
+    for budget in sorted({row["budget"] for row in found["distances"]}):
+        line = [str(budget)]
+        for of_ours in (True, False):
+            known = [r for r in found["distances"] if r["budget"] == budget and (r["library"] == "ours") == of_ours]
+            row = min((r for r in known if math.isfinite(r["rms"])), key=lambda r: r["rms"])
+            line += [_named(row), f"{number(row['rms'])} / {number(row['median'])}"]
+        lines.append(line)
+    near = table(["evaluations", "our best", "RMS / median", "their best", "RMS / median"], lines)
+    rows = [
+        [str(r["budget"]), _named(r), f"{r['frechet']:.2f} ± {r['plus_minus']:.2f}"]
+        for r in sorted(found["looks"], key=lambda r: r["budget"])
+    ]
+    real = found["held_out"]
+    rows.append(["", "held-out images", f"{real['frechet']:.2f} ± {real['plus_minus']:.2f}"])
+    return near + "\n" + table(["evaluations", "solver, grid", "Fréchet distance"], rows)
+
+
 def render(report: dict[str, Any]) -> str:
     """Everything that the report has."""
     parts = []
@@ -119,4 +173,14 @@ def render(report: dict[str, Any]) -> str:
             f"Energy distance of {found['draws']} draws, theirs / ours.",
             noisy(found["rows"], found["floor"]),
         ]
+    if "faults" in report:
+        refused = report["faults"]["edm sde-dpmpp-3m"]
+        parts += ["## Orders\n", orders(report["faults"]["orders"])]
+        parts += ["## Curves\n", curves(report["faults"]["curves"])]
+        parts += [f"EDMDPMSolverMultistepScheduler, sde-dpmsolver++, order 3: {refused}\n"]
+    if "overhead" in report:
+        parts += ["## Time of a step\n", overhead(report["overhead"])]
+    if "images" in report:
+        found = report["images"]
+        parts += [f"## Images: {found['run']}, {found['images']} from each\n", looks(found)]
     return "\n".join(parts)
