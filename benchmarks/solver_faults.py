@@ -1,7 +1,7 @@
 """How fast the peers' solvers converge: error against steps far beyond what anyone would take, on the plane.
 
 The order is measured on Karras's grid up to the first step of the chain, with the network told the sigma of the update,
-so that neither a step to no noise nor a rounded time hides it; where x is held in float32, errors below 1e-5 say
+so that neither a step to no noise nor a rounded time hides it; where x is held in float32, errors below 1e-6 say
 nothing and are left out. The rest are curves, each of a fault that a fine grid brings to light.
 """
 
@@ -18,7 +18,7 @@ from solver_problems import PROCESS, Problem, floor
 
 COUNTS = (40, 80, 160, 320, 640)
 DIVISORS = (10, 20, 50, 100, 200, 500)
-ROUNDING = 1e-5
+ROUNDING = 1e-6
 
 CURVES: list[tuple[str, str, str, str, tuple[int, ...], dict[str, Any]]] = [
     *[
@@ -48,7 +48,11 @@ CURVES: list[tuple[str, str, str, str, tuple[int, ...], dict[str, Any]]] = [
         for name in ("sde-dpmpp-2m", "sde-dpmpp-3m")
         for grid in ("linspace", "karras")
     ],
-    *[("churn", library, "euler", "karras", DIVISORS, {"s_churn": 40.0}) for library in PEERS],
+    *[
+        ("churn", library, "euler", "karras", DIVISORS, {"s_churn": churn})
+        for churn in (40.0, math.inf)
+        for library in PEERS
+    ],
 ]
 """(what is looked at, library, solver, grid, numbers of steps, options of the walk)."""
 

@@ -39,7 +39,8 @@ def judged(problem: Problem, stochastic: bool, walk: Callable[..., tuple[Tensor,
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}".splitlines()[0]}
     if stochastic:
-        return {"evaluations": law.asked, "energy": energy_distance(problem, x)}
+        width = float((x.var(0).sum() / problem.exact[0].var(0).sum()).sqrt())
+        return {"evaluations": law.asked, "energy": energy_distance(problem, x), "width": width}
     at = min(problem.solutions, key=lambda known: abs(known - end))
     return {"evaluations": law.asked, "end": at, **problem.error(x, at)}
 

@@ -34,11 +34,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def ratio(row: Row) -> float:
-    """Their RMS over ours on the same grid; 1 where the two differ by rounding."""
+def ratio(row: Row, measure: str) -> float:
+    """Their error over ours on the same grid; 1 where the two differ by rounding."""
     if "refused" in row["sigma"] or "refused" in row["ours"]:
         return math.nan
-    peer, own = row["sigma"]["rms"], row["ours"]["rms"]
+    peer, own = row["sigma"][measure], row["ours"][measure]
     return 1.0 if abs(peer - own) < ROUNDING else peer / own
 
 
@@ -50,14 +50,14 @@ def verdict(name: str, ratios: list[float], failed: bool) -> str:
     return "equal within 1%" if min(ratios) > 0.99 else "OURS WORSE"
 
 
-def same_name(rows: list[Row]) -> str:
+def same_name(rows: list[Row], measure: str) -> str:
     """Their error over ours, one line for each solver and grid."""
     paired = [row for row in rows if "ours" in row and "rms" in row["ours"]]
     budgets = sorted({row["budget"] for row in paired})
     lines = []
     for key in dict.fromkeys((row["library"], row["solver"], row["grid"]) for row in paired):
         group = [row for row in paired if (row["library"], row["solver"], row["grid"]) == key]
-        ratios = [ratio(row) for row in group]
+        ratios = [ratio(row, measure) for row in group]
         finite = [value for value in ratios if math.isfinite(value)]
         lines.append([*key, *map(number, ratios), verdict(key[1], finite or [1.0], len(finite) < len(ratios))])
     return table(["library", "solver", "grid", *map(str, budgets), "verdict"], lines)
@@ -168,8 +168,9 @@ def render(report: dict[str, Any]) -> str:
             "RMS / median start / share of starts in another basin; best by RMS, then by the median.\n",
             best(found["rows"], "rms"),
             best(found["rows"], "median"),
-            "Their RMS over ours on the same grid, by evaluations.\n",
-            same_name(found["rows"]),
+            "Their RMS over ours on the same grid, by evaluations; then their median over ours.\n",
+            same_name(found["rows"], "rms"),
+            same_name(found["rows"], "median"),
             f"Energy distance of {found['draws']} draws, theirs / ours.",
             noisy(found["rows"], found["floor"]),
         ]
