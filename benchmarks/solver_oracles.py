@@ -19,7 +19,7 @@ from ancestral.rng import randn, stream
 BUDGETS = (5, 8, 10, 15, 20, 50)
 PEERS: dict[str, ModuleType] = {"diffusers": peer_diffusers_solvers, "k-diffusion": peer_k_diffusion}
 TOLD = {"diffusers": ("sigma", "timestep"), "k-diffusion": ("sigma",)}
-SEED = 3
+SEED, FITTED_ON = 3, 64
 Row = dict[str, Any]
 
 
@@ -68,8 +68,20 @@ def own(problem: Problem, name: str, grid: str, budget: int) -> Row:
     return {"library": "ours", "solver": name, "grid": grid, "budget": budget, "steps": steps, "sigma": found}
 
 
+def fitted(problem: Problem, budget: int) -> Row:
+    """Our default: what is fitted to the law, on starts that are not judged."""
+    starts = randn((FITTED_ON, problem.centres.shape[1]), stream(11), dtype=torch.float64)
+    found = ours.fitted(PROCESS, budget, problem.law, starts)
+    row = judged(problem, False, partial(ours.on_fit, found, PROCESS))
+    says = {"sampler": found.sampler, "times": found.times, "candidate": found.candidate, "asked": found.asked}
+    named = {"library": "ours", "solver": "fitted", "grid": found.sampler, "budget": budget}
+    return {**named, "steps": len(found.times), "sigma": row, "fit": says}
+
+
 def rows(problem: Problem, budgets: tuple[int, ...]) -> Iterator[Row]:
     """Everything of ours, then everything of theirs."""
+    for budget in budgets:
+        yield fitted(problem, budget)
     for name, grid, budget in product(ours.counted(), ours.GRIDS, budgets):
         if steps_within(ours.cost(name), budget) >= 1:
             yield own(problem, name, grid, budget)

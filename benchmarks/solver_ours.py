@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ancestral.diffusion import grids, sample
 from ancestral.diffusion.denoise import OracleDenoiser
+from ancestral.diffusion.fit import Fit, fit
 from ancestral.diffusion.process import Process, linear
 from ancestral.diffusion.sample import SAMPLERS
 from ancestral.rng import stream
@@ -50,6 +51,16 @@ def on_grid(
     """Where the sampler takes x_T over a grid of ours, to the data: no noise."""
     times = GRIDS[grid](process, steps)
     return SAMPLERS[name](OracleDenoiser(law, process), x_T, times, rng=stream(seed)), 0.0
+
+
+def fitted(process: Process, evaluations: int, law: Any, x_T: Tensor) -> Fit:
+    """The sampler and grid fitted to a law on starts of its own, asking no later than the chain of 1000 steps does."""
+    return fit(OracleDenoiser(law, process), x_T, evaluations, log_snr_max=float(process.log_snr(1 / 1000)))
+
+
+def on_fit(found: Fit, process: Process, *, law: Any, x_T: Tensor) -> tuple[Tensor, float]:
+    """Where the fitted sampler takes x_T over the fitted grid, to the data."""
+    return SAMPLERS[found.sampler](OracleDenoiser(law, process), x_T, found.steps), 0.0
 
 
 def counted() -> list[str]:

@@ -68,28 +68,33 @@ def _said(row: Row, told: str = "sigma") -> str:
     return f"{number(found['rms'])} / {number(found['median'])} / {100 * found['elsewhere']:.1f}%"
 
 
+def _side(row: Row) -> str:
+    """Whose row it is: theirs, ours on a fixed grid, or ours fitted to the model."""
+    return "theirs" if row["library"] != "ours" else "fitted" if row["solver"] == "fitted" else "fixed"
+
+
 def _named(row: Row) -> str:
     return f"{row['solver']}, {row['grid']}" + ("" if row["library"] == "ours" else f" ({row['library']})")
 
 
 def best(rows: list[Row], measure: str) -> str:
-    """For each budget, the best of theirs by either way of telling the network the time, beside the best of ours."""
+    """For each budget, the best of theirs by either way of telling the network the time, beside ours."""
     lines = []
     for budget in sorted({row["budget"] for row in rows}):
         line = [str(budget)]
-        for of_ours, told in ((False, "timestep"), (False, "sigma"), (True, "sigma")):
+        for side, told in (("theirs", "timestep"), ("theirs", "sigma"), ("fixed", "sigma"), ("fitted", "sigma")):
             known = [
                 row
                 for row in rows
                 if row["budget"] == budget
-                and (row["library"] == "ours") == of_ours
+                and _side(row) == side
                 and math.isfinite(row.get(told, {}).get(measure, math.nan))
             ]
-            row = min(known, key=lambda row: row[told][measure])
-            line += [_named(row), _said(row, told)]
+            row = min(known, key=lambda row: row[told][measure], default=None)
+            line += [_named(row), _said(row, told)] if row else ["", ""]
         lines.append(line)
-    head = ["evaluations", "their best, told the timestep", "", "their best, told the sigma", "", "our best", ""]
-    return table(head, lines)
+    theirs = ["their best, told the timestep", "", "their best, told the sigma", ""]
+    return table(["evaluations", *theirs, "our best on a fixed grid", "", "our default, fitted", ""], lines)
 
 
 def noisy(rows: list[Row], floor: dict[str, float]) -> str:
