@@ -33,8 +33,8 @@ from ancestral.training import checkpoint
 from ancestral.training.run import reload
 
 BUDGETS = (5, 8, 10, 15, 20, 50)
-LOOKED_AT = (5, 10, 20, 50)
-"""The budgets at which images are drawn as many as the Fréchet distance needs."""
+LOOKED_AT, FITTED_AT = (5, 10, 20, 50), (5, 10, 20)
+"""The budgets at which there are as many images as the Fréchet distance needs, and at which ours is fitted too."""
 
 USUAL = ("diffusers", "dpmpp-2m", "karras")
 """What is recommended most to users of diffusers."""
@@ -162,10 +162,11 @@ def measure(run: Path, quick: bool, say: Callable[[str], None]) -> dict[str, Any
     distances: list[Row] = []
     found: dict[int, dict[Pair, Walk]] = {}
     for budget in budgets:
-        fit = ours.fitted(model.process, budget, NetworkLaw(denoiser), randn((16, *shape), stream(12)))
-        fitted = partial(ours.on_fit, fit, model.process)
-        found[budget] = {("ours", "fitted", fit.sampler): fitted, **walks(model.process, budget)}
-        say(f"{budget} evaluations: fitted by {fit.asked} evaluations: {fit.sampler}, {fit.times}")
+        found[budget] = walks(model.process, budget)
+        if budget in FITTED_AT:
+            fit = ours.fitted(model.process, budget, NetworkLaw(denoiser), randn((16, *shape), stream(12)))
+            found[budget]["ours", "fitted", fit.sampler] = partial(ours.on_fit, fit, model.process)
+            say(f"{budget} evaluations: fitted by {fit.asked} evaluations: {fit.sampler}, {fit.times}")
         for (library, name, grid), walk in found[budget].items():
             x, _ = walk(law=NetworkLaw(denoiser), x_T=x_T[:starts])
             each = (x - truth).flatten(1).square().mean(1)
@@ -175,7 +176,8 @@ def measure(run: Path, quick: bool, say: Callable[[str], None]) -> dict[str, Any
         say(f"{budget} evaluations: {best(distances, budget, True)}; {best(distances, budget, False)}")
     looks: list[Row] = []
     for budget in sorted(set(budgets) & set(LOOKED_AT)):
-        pairs = [next(iter(found[budget])), best(distances, budget, True), best(distances, budget, False), USUAL]
+        fits = [pair for pair in found[budget] if pair[1] == "fitted"]
+        pairs = [*fits, best(distances, budget, True), best(distances, budget, False), USUAL]
         for pair in dict.fromkeys(pairs):
             parts = [found[budget][pair](law=NetworkLaw(denoiser), x_T=part)[0] for part in x_T.split(250)]
             look = with_interval(embedded(net, torch.cat(parts)), real)

@@ -40,7 +40,8 @@ def judged(problem: Problem, stochastic: bool, walk: Callable[..., tuple[Tensor,
         return {"refused": f"{type(error).__name__}: {error}".splitlines()[0]}
     if stochastic:
         width = float((x.var(0).sum() / problem.exact[0].var(0).sum()).sqrt())
-        return {"evaluations": law.asked, "energy": energy_distance(problem, x), "width": width}
+        energy, stderr = energy_distance(problem, x)
+        return {"evaluations": law.asked, "energy": energy, "stderr": stderr, "width": width}
     at = min(problem.solutions, key=lambda known: abs(known - end))
     return {"evaluations": law.asked, "end": at, **problem.error(x, at)}
 

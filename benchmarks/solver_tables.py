@@ -35,11 +35,11 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def ratio(row: Row, measure: str) -> float:
-    """Their error over ours on the same grid; 1 where the two differ by rounding."""
+    """Their error over ours on the same grid; what is below rounding counts as that."""
     if "refused" in row["sigma"] or "refused" in row["ours"]:
         return math.nan
     peer, own = row["sigma"][measure], row["ours"][measure]
-    return 1.0 if abs(peer - own) < ROUNDING else peer / own
+    return math.nan if math.isnan(peer) else max(peer, ROUNDING) / max(own, ROUNDING)
 
 
 def verdict(name: str, ratios: list[float], failed: bool) -> str:
@@ -97,20 +97,29 @@ def best(rows: list[Row], measure: str) -> str:
     return table(["evaluations", *theirs, "our best on a fixed grid", "", "our default, fitted", ""], lines)
 
 
+def level(row: Row) -> str:
+    """Which of the two is nearer to the law, where that is more than 3 standard errors."""
+    peer, own = row["sigma"], row["ours"]
+    if math.isnan(peer.get("energy", math.nan)):
+        return "better"
+    gap = (peer["energy"] - own["energy"]) / math.hypot(peer["stderr"], own["stderr"])
+    return "level" if abs(gap) < 3 else "better" if gap > 0 else "WORSE"
+
+
 def noisy(rows: list[Row], floor: dict[str, float]) -> str:
-    """Energy distance to exact draws of every solver that draws noise; ours on the same grid after the bar."""
+    """Energy distance to exact draws of every solver that draws noise, theirs / ours on the same grid."""
     drawn = [row for row in rows if "energy" in row["sigma"] or row["solver"].startswith("sde")]
     budgets = sorted({row["budget"] for row in drawn})
     lines = []
     for key in dict.fromkeys((row["library"], row["solver"], row["grid"]) for row in drawn):
-        group = [row for row in drawn if (row["library"], row["solver"], row["grid"]) == key]
-        cells = []
-        for row in group:
-            sides = [row[side] for side in ("sigma", "ours") if side in row]
+        group = {row["budget"]: row for row in drawn if (row["library"], row["solver"], row["grid"]) == key}
+        cells, verdicts = [], dict.fromkeys(level(row) for row in group.values() if "ours" in row)
+        for budget in budgets:
+            sides = [group[budget][side] for side in ("sigma", "ours") if side in group.get(budget, {})]
             cells.append(" / ".join(number(side.get("energy", math.nan)) for side in sides))
-        lines.append([*key, *cells])
+        lines.append([*key, *cells, ", ".join(f"ours {said}" if said != "level" else said for said in verdicts)])
     exact = f"Exact draws: {floor['mean']:.2g}, one in twenty above {floor['exceeded_by_one_in_20']:.2g}.\n\n"
-    return exact + table(["library", "solver", "grid", *map(str, budgets)], lines)
+    return exact + table(["library", "solver", "grid", *map(str, budgets), "beyond 3 s.e."], lines)
 
 
 def orders(found: list[Row]) -> str:

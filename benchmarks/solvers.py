@@ -62,6 +62,15 @@ def images(options: argparse.Namespace) -> dict[str, Any]:
     return solver_images.measure(options.run, options.quick, say)
 
 
+def rounded(found: Any) -> Any:
+    """The same with five digits of every number."""
+    if isinstance(found, dict):
+        return {key: rounded(value) for key, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [rounded(value) for value in found]
+    return float(f"{found:.5g}") if isinstance(found, float) else found
+
+
 def keep(part: str, found: dict[str, Any], path: Path) -> dict[str, Any]:
     """Put what was found into the report beside what is there already."""
     report = json.loads(path.read_text()) if path.exists() else {}
@@ -73,7 +82,7 @@ def keep(part: str, found: dict[str, Any], path: Path) -> dict[str, Any]:
     report[part] = report.get(part, {}) | found
     report.setdefault("seconds", {})[part] = round(time.perf_counter() - began, 1)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(rounded(report)) + "\n")
     return report
 
 
