@@ -108,13 +108,18 @@ def _made(name: str, grid: str, process: Process, steps: int) -> Any:
 
 
 def sigmas(name: str, grid: str, process: Process, steps: int) -> Tensor:
-    """sigma / alpha at each time of the walk, its end included, float64: the grid for others to walk on."""
+    """sigma / alpha where each update begins, and at the end, float64: the grid for others to walk on.
+
+    A single-step solver takes the inner times of an update from its grid; they are left out here.
+    """
     scheduler = make(name, grid, process, steps)
     if not hasattr(scheduler, "sigmas"):
         visited = torch.as_tensor(scheduler.timesteps).unique().flip(0)
         alpha_bar = scheduler.alphas_cumprod.double()[visited]
         return torch.cat([((1 - alpha_bar) / alpha_bar).sqrt(), torch.zeros(1)])
     each = scheduler.sigmas.double()
+    if hasattr(scheduler, "order_list"):
+        return each[[*(i for i, order in enumerate(scheduler.order_list) if order == 1), -1]]
     return each[torch.cat([torch.tensor([True]), each.diff() != 0])]
 
 

@@ -1,7 +1,8 @@
-"""Time of a step beside the network: our samplers and the schedulers of diffusers around a network that does nothing.
+"""Time beside the network: our samplers and the schedulers of diffusers around a network that does nothing.
 
-A turn is one walk of ours and one of the peer's loop (scale the input, ask, step); a row has the medians over the
-turns, and of their ratios. Theirs has its grid set before the clock starts, and so has ours.
+A turn is one walk of ours and one of the peer's loop (scale the input, ask, step). A row has the medians over turns,
+and of their ratios, of the time for each evaluation, since a step of some is two. Both have their grids before the
+clock starts.
 """
 
 import statistics
@@ -11,7 +12,7 @@ from typing import Any
 
 import peer_diffusers_solvers as peer
 import torch
-from solver_ours import named
+from solver_ours import cost, named
 from solver_problems import PROCESS
 from torch import Tensor, nn
 
@@ -65,6 +66,11 @@ def theirs(name: str, x: Tensor) -> Callable[[], float]:
     return walk
 
 
+def asked(cost: tuple[int, int]) -> int:
+    """Evaluations of a walk."""
+    return cost[0] * STEPS + cost[1]
+
+
 def measure(turns: int, say: Callable[[str], None]) -> dict[str, Any]:
     """A row for each shape and each solver that both have."""
     rows = []
@@ -74,18 +80,19 @@ def measure(turns: int, say: Callable[[str], None]) -> dict[str, Any]:
             same = named(name, solver.stochastic)
             if same is None:
                 continue
-            walks = ours(same, x), theirs(name, x)
-            mine, other = zip(*((walks[0](), walks[1]()) for _ in range(turns + 1)), strict=True)
-            ratios = [b / a for a, b in zip(mine[1:], other[1:], strict=True)]
+            walks, costs = (ours(same, x), theirs(name, x)), (cost(same), solver.cost)
+            seconds = [(walks[0](), walks[1]()) for _ in range(turns + 1)][1:]  # the first warms up
+            mine, other = ([1e6 * turn[side] / asked(costs[side]) for turn in seconds] for side in (0, 1))
+            ratios = [b / a for a, b in zip(mine, other, strict=True)]
             row = {
                 "shape": list(shape),
                 "solver": name,
-                "ours_microseconds": 1e6 * statistics.median(mine[1:]) / STEPS,
-                "diffusers_microseconds": 1e6 * statistics.median(other[1:]) / STEPS,
+                "ours_microseconds": statistics.median(mine),
+                "diffusers_microseconds": statistics.median(other),
                 "ratio": statistics.median(ratios),
                 "least": min(ratios),
                 "greatest": max(ratios),
             }
             rows.append(row)
-            say(f"{shape} {name}: {row['ours_microseconds']:.0f} us a step, diffusers {row['ratio']:.2f} times that")
+            say(f"{shape} {name}: {row['ours_microseconds']:.0f} us an evaluation, diffusers {row['ratio']:.2f} times")
     return {"steps": STEPS, "turns": turns, "wanted": WANTED, "threads": torch.get_num_threads(), "rows": rows}

@@ -15,6 +15,7 @@ REASONS = {
     "deis-3": "theirs takes coefficients from differences of float32 antiderivatives",
     "heun": "theirs is Heun in sigma / alpha, ours in (alpha, sigma)",
     "dpm-2": "theirs is the midpoint rule in sigma / alpha",
+    "dpmpp-2s": "theirs takes the inner time from its grid, ours halfway in log-SNR",
     "ancestral": "theirs steps to t - 1000 // n whatever the next time is",
     "sde-dpmpp-3m": "theirs lets the weight of the quadratic term tend to -1 instead of 0",
     "unipc-2-bh1": "theirs divides by an infinite B(h) in the step to no noise",
@@ -142,7 +143,7 @@ def curves(found: list[Row]) -> str:
 
 
 def overhead(found: dict[str, Any]) -> str:
-    """Microseconds of a step beside the network."""
+    """Microseconds beside the network for each evaluation of it."""
     lines = []
     for row in found["rows"]:
         verdict = "yes" if row["ratio"] >= found["wanted"] else "NO"
@@ -194,7 +195,7 @@ def render(report: dict[str, Any]) -> str:
         parts += ["## Curves\n", curves(report["faults"]["curves"])]
         parts += [f"EDMDPMSolverMultistepScheduler, sde-dpmsolver++, order 3: {refused}\n"]
     if "overhead" in report:
-        parts += ["## Time of a step\n", overhead(report["overhead"])]
+        parts += ["## Time beside the network\n", overhead(report["overhead"])]
     if "images" in report:
         found = report["images"]
         parts += [f"## Images: {found['run']}, {found['images']} from each\n", looks(found)]
