@@ -14,7 +14,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format build bench bench-quality bench-scaling clean
+.PHONY: help install demo test check format build bench bench-quality bench-scaling bench-solvers clean
 
 help:  ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,9 @@ bench-quality: $(INSTALLED) $(PEERS)  ## held-out loss against time beside the p
 
 bench-scaling: $(INSTALLED)  ## time and memory against side, batch, size of the data and processes, in 3 minutes
 	$(BIN)/python benchmarks/scaling.py
+
+bench-solvers: $(INSTALLED) $(PEERS)  ## error against evaluations beside the peers' solvers, and the time of a step, in 40 minutes
+	PYTHONPATH=src .venv-peers/bin/python benchmarks/solvers.py
 
 clean:  ## remove dist/ and caches; runs/ and the environments stay
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
