@@ -146,7 +146,9 @@ def sample(
     run: RunPath,
     n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 100,
-    sampler: Annotated[str, typer.Option(help="ancestral, ddim, euler, heun or annealed-langevin.")] = "ancestral",
+    sampler: Annotated[
+        str, typer.Option(help="ancestral, ddim, heun, dpmpp-2m, unipc-2 ...: see diffusion.sample.")
+    ] = "ancestral",
     seed: Seed = 0,
     ema: Ema = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the files; by default inside RUN.")] = None,
