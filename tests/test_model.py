@@ -136,7 +136,9 @@ def test_nothing_is_left_on_the_cpu_when_a_model_is_elsewhere(preset, monkeypatc
     assert model.device.type == "meta"
     model.loss(Batch(data.batch([0, 1]).to("meta"), Rows((0,), 2))).backward()
     assert all(parameter.grad.device.type == "meta" for parameter in model.parameters())
-    for sampler in SAMPLERS.values():
+    for name, sampler in SAMPLERS.items():
+        if name == "adaptive":  # whose steps depend on numbers
+            continue
         assert [point.x.device.type for point in model.sample_path(2, steps=3, sampler=sampler)] == ["meta"] * 4
     x_0 = data.facts.scale.forward(data.held_out[:2]).to("meta")
     measured = likelihood.bound(model.denoiser, x_0, 10, rng=0, levels=17)

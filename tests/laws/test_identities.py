@@ -378,9 +378,15 @@ def test_a_walk_draws_as_much_noise_as_is_said(name, steps):
         "ancestral": [(steps - 1, {})],
         "ddim": [(0, {}), (steps - 1, {"eta": 0.5})],
         "euler": [(0, {})],
-        "heun": [(0, {})],
+        "heun": [(0, {}), (steps - (name == "straight"), {"churn": 0.1})],  # nothing is above no signal
+        "sde-dpmpp-2m": [(steps - 1, {})],
+        "sde-dpmpp-3m": [(steps - 1, {}), (0, {"tau": 0.0})],
+        "sa-solver": [(steps - 1, {}), (0, {"tau": 0.0})],
+        "predictor-corrector": [(3 * (steps - 1), {"updates": 2})],
         "annealed-langevin": [(4 * steps, {"updates": 4})],
+        "restart": [(2, {"restarts": 2})],
     }
+    walks = {label: [(0, {})] for label, sampler in SAMPLERS.items() if not sampler.stochastic} | walks
     assert walks.keys() == SAMPLERS.keys()
     for label, count, options in ((key, *walk) for key, kinds in walks.items() for walk in kinds):
         used, counted = stream(0), stream(0)

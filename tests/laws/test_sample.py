@@ -1,6 +1,7 @@
 """Samplers: exactness, equivalence, measured order, and what an example depends on."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -17,9 +18,7 @@ from ancestral.diffusion.sample import (
     annealed_langevin,
     ddim,
     euler,
-    euler_step,
     heun,
-    heun_step,
     walk,
 )
 from ancestral.errors import OptionError
@@ -34,6 +33,11 @@ def start(process: P.Process, n: int, seed: int = 0) -> torch.Tensor:
     return randn((n, 2), stream(seed), dtype=torch.float64) * process.prior_var() ** 0.5
 
 
+def quick(name: str) -> dict[str, float]:
+    """Options with which a sampler takes no longer than it must."""
+    return {"tolerance": 0.01} if name == "adaptive" else {}
+
+
 def gaussian_ode_map(process: P.Process, x_t: torch.Tensor, t: float, s: float) -> torch.Tensor:
     """The probability-flow ODE of N(m, S) in closed form: x_s = alpha_s m + C_s^(1/2) C_t^(-1/2) (x_t - alpha_t m)."""
     values, vectors = torch.linalg.eigh(COV.double())
@@ -42,25 +46,21 @@ def gaussian_ode_map(process: P.Process, x_t: torch.Tensor, t: float, s: float) 
     return alpha_s * MEAN + (x_t - alpha_t * MEAN) @ (vectors * ratio) @ vectors.T
 
 
-@pytest.mark.parametrize(("name", "predicts"), COMBINATIONS)
-@pytest.mark.parametrize(("step", "order"), [(euler_step, euler.order), (heun_step, heun.order)])
-def test_measured_order_is_the_declared_order(name, predicts, step, order):
-    """The error on a Gaussian's probability-flow ODE falls as n^-order: the fitted slope is within 0.1."""
+@pytest.mark.parametrize("name", P.SCHEDULES)
+@pytest.mark.parametrize("sampler", [euler, heun])
+def test_euler_and_heun_follow_the_flow_of_a_gaussian(name, sampler):
+    """The error on the probability-flow ODE in closed form falls as n^-order: the fitted slope is within 0.1."""
     process = P.named(name)
-    denoiser = exact(toys.gaussian(MEAN, COV), process, predicts)
+    denoiser = OracleDenoiser(toys.gaussian(MEAN, COV), process)
     first, last = 0.9, 0.1
     x = start(P.linear(), 20) * float(process(first)[0] ** 2 + process(first)[1] ** 2) ** 0.5
     truth = gaussian_ode_map(process, x, first, last)
-    counts = torch.tensor([40, 80, 160, 320])
     errors = []
-    for n in counts.tolist():
+    for n in (40, 320):
         times = torch.linspace(first, last, n + 1, dtype=torch.float64).tolist()
-        *_, end = walk(step, denoiser, Point(first, x), times)
+        *_, end = walk(sampler.step, denoiser, Point(first, x), times)
         errors.append(float((end.x - truth).norm()))
-    slope = -torch.linalg.lstsq(
-        torch.stack([counts.double().log(), torch.ones(4).double()], 1), torch.tensor(errors).double().log()[:, None]
-    ).solution[0]
-    assert float(slope) == pytest.approx(order, abs=0.1)
+    assert math.log(errors[0] / errors[1], 8) == pytest.approx(sampler.order, abs=0.1)
 
 
 @pytest.mark.parametrize(("name", "predicts"), COMBINATIONS)
@@ -128,7 +128,9 @@ def test_one_step_is_exact_for_a_point_mass(name):
     process, point = P.named(name), torch.tensor([0.4, -0.9]).double()
     oracle = OracleDenoiser(toys.gaussian(point, 1e-30 * torch.eye(2)), process)
     x = start(process, 5)
-    for sampler in (ddim, euler, heun):
+    for sampler in SAMPLERS.values():
+        if sampler.stochastic or not sampler.order:
+            continue
         torch.testing.assert_close(sampler(oracle, x, 1), point.expand(5, 2), rtol=1e-9, atol=1e-9)
 
 
@@ -139,7 +141,7 @@ def test_every_sampler_finds_the_modes_in_their_proportions(name):
     oracle = OracleDenoiser(toy, process)
     x = start(process, n, seed=3)
     for label, sampler in SAMPLERS.items():
-        end = sampler(oracle, x, 40, rng=stream(4))
+        end = sampler(oracle, x, 40 if sampler.evaluations else 10, rng=stream(4), **quick(label))
         mode = torch.cdist(end, toy.means).min(1)
         share = torch.bincount(mode.indices, minlength=8) / n
         slack = 5 * (0.125 * 0.875 / n) ** 0.5
@@ -169,13 +171,85 @@ def test_example_i_depends_on_seed_i_and_not_on_its_batch(name):
     assert (full[:, None] - full).abs().amax(2).fill_diagonal_(1).min() > 1e-3
 
 
-def test_a_walk_can_be_taken_up_at_any_point():
-    oracle = OracleDenoiser(toys.named("two-moons"), P.cosine())
-    points = list(heun.path(oracle, start(P.cosine(), 5), 10))
-    times = [*uniform(P.cosine(), 10).tolist(), 0.0]
-    *_, end = walk(heun_step, oracle, points[4], times[4:])
-    assert torch.equal(end.x, points[-1].x)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_walk_can_be_taken_up_at_any_point(name):
+    """To the bit: a point has all that the rest of the walk needs, and what is done with it leaves it as it was."""
+    process, step = P.linear(), SAMPLERS[name].step
+    oracle = OracleDenoiser(toys.named("two-moons"), process)
+    x, times = start(process, 5), [*uniform(process, 7).tolist(), 0.0]
+    rng, points, states = stream(1), [Point(1.0, x)], []
+    for t, s in pairwise(times):
+        states.append(rng.bit_generator.state)
+        points.extend([*walk(step, oracle, points[-1], [t, s], rng=rng, **quick(name))][1:])
     assert [point.t for point in points] == times
+    whole = list(SAMPLERS[name].path(oracle, x, 7, rng=stream(1), **quick(name)))
+    for i in (1, 2, 5, 2):
+        rng = stream(1)
+        rng.bit_generator.state = states[i]
+        *_, end = walk(step, oracle, whole[i], times[i:], rng=rng, **quick(name))
+        assert torch.equal(end.x, whole[-1].x)
+        assert torch.equal(end.x, points[-1].x)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_walks_in_two_threads_know_nothing_of_each_other(name):
+    process, sampler = P.linear(), SAMPLERS[name]
+    oracle = OracleDenoiser(toys.named("mixture"), process)
+    x = start(process, 4)
+
+    def points(seed: int) -> list[Point]:
+        return list(sampler.path(oracle, x + seed, 6, rng=seed, **quick(name)))
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(points, [1, 2, 3, 4]))
+    for seed, found in zip([1, 2, 3, 4], together, strict=True):
+        for ours, theirs in zip(points(seed)[1:], found[1:], strict=True):
+            assert torch.equal(ours.x, theirs.x)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_asks_as_often_as_it_says(name):
+    """`evaluations` a step, but for the last, which may take fewer or one more."""
+    process, sampler = P.cosine(), SAMPLERS[name]
+    oracle, asked = OracleDenoiser(toys.named("mixture"), process), []
+    oracle.register_forward_hook(lambda _module, _inputs, x_0_hat: asked.append(x_0_hat))
+    for i, _ in enumerate(sampler.path(oracle, start(process, 3), 4, rng=stream(0), **quick(name))):
+        if sampler.evaluations and i:
+            assert len(asked) == sampler.evaluations or i == 4
+        asked.clear()
+
+
+STOCHASTIC = [
+    *((name, {}) for name, sampler in SAMPLERS.items() if sampler.stochastic and name != "annealed-langevin"),
+    ("ddim", {"eta": 0.7}),
+    ("euler", {"churn": 0.05}),
+    ("heun", {"churn": 0.2}),
+    ("sa-solver", {"tau": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), STOCHASTIC)
+def test_noise_leaves_the_law_as_it_is(name, options):
+    """Moments and weights of a mixture are those of as many exact draws, where steps are many enough for the order.
+
+    In particular noise is added before the network is asked, and no weight has a wrong limit.
+    """
+    law, process, n = toys.named("mixture"), P.linear(), 8000
+    oracle, sampler = OracleDenoiser(law, process), SAMPLERS[name]
+    alpha, sigma = (float(c) for c in process(1.0))
+    x = law.diffused(alpha, sigma).sample(n, rng=stream(1))
+    steps = 300 if name in ("ancestral", "ddim", "euler", "predictor-corrector") else 100
+    end = sampler(oracle, x, karras(process, steps), rng=stream(2), **options)
+    drawn = law.sample(n, rng=stream(3))
+
+    def features(x: torch.Tensor) -> torch.Tensor:
+        """Coordinates, their products, and which Gaussian it came from."""
+        nearest = torch.nn.functional.one_hot(law._components(x, 1.0, 0.0)[0].argmax(1), 3)
+        return torch.cat([x, x.square(), x.prod(1, keepdim=True), nearest], 1)
+
+    ours, exact_ones = features(end), features(drawn)
+    error = (ours.mean(0) - exact_ones.mean(0)) / (2 * exact_ones.var(0) / n).sqrt()
+    assert error.abs().max() < 4.5, error
 
 
 def test_annealed_langevin_reports_which_levels_were_explored():

@@ -423,7 +423,7 @@ class Diffusion(nn.Module):
         start = samplers.Point(
             times[0], self.process(times[0])[0].float() * self.facts.scale.forward(x).to(self.device)
         )
-        for point in samplers.walk(samplers.heun_step, self.denoiser, start, times):
+        for point in samplers.walk(samplers.heun.step, self.denoiser, start, times):
             z = point.x
         return z
 

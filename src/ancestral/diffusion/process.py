@@ -59,6 +59,8 @@ class Chain:
 class Instant(float):
     """A time of a grid with what a process says of it, as plain numbers: a walk does no tensor arithmetic on scalars.
 
+    Between the times of a grid the log-SNR says everything, and the time itself is nan: see `Process.instant`.
+
     Attributes:
         alpha: signal coefficient, float64.
         sigma: standard deviation of the noise, float64.
@@ -106,6 +108,8 @@ class Process:
 
     def log_snr(self, t: Time) -> Tensor:
         """log(alpha_t^2 / sigma_t^2) in nats, float64, the shape of t."""
+        if isinstance(t, Instant):
+            return torch.tensor(t.log_snr, dtype=torch.float64)
         return self.log_snr_curve(torch.as_tensor(t, dtype=torch.float64))
 
     @overload
@@ -135,6 +139,19 @@ class Process:
             instant.alpha, instant.sigma, instant.log_snr = alpha, sigma, log_snr
             instants.append(instant)
         return instants
+
+    def instant(self, log_snr: float) -> Instant:
+        """Where the log-SNR is the given one: the constraint alone says alpha and sigma, and no time is searched for.
+
+        Example:
+            >>> even = cosine().instant(0.0)
+            >>> round(even.alpha, 4), round(even.sigma, 4), float(even)
+            (0.7071, 0.7071, nan)
+        """
+        instant = Instant(math.nan)
+        alpha, sigma = CONSTRAINTS[self.constraint](torch.tensor(log_snr, dtype=torch.float64))
+        instant.alpha, instant.sigma, instant.log_snr = alpha.item(), sigma.item(), log_snr
+        return instant
 
     def rate(self, t: Time) -> Tensor:
         """-d log_snr / dt, nats per unit of time, float64, the shape of t."""

@@ -5,26 +5,42 @@ only, so every sampler works with every process and parameterization. A bare cal
 `.path(...)` yields every point on the way. Times on the way are instants: the coefficients of a whole grid are computed
 before the first step, in float64, and meet x as plain numbers.
 
-The probability-flow ODE is written without reference to time: along it dx = x_0_hat d alpha + eps_hat d sigma
-(Song et al. 2021, 2011.13456, eq. 13, with the process's own alpha and sigma as coordinates), which holds for
-every process and has no singularity at either end.
+Steps that remember nothing are in `singlestep`, those that remember in `multistep`; `SAMPLERS` names them all.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ancestral import langevin
-from ancestral.diffusion.denoise import Denoiser, reverse
+from ancestral.diffusion.denoise import Denoiser
 from ancestral.diffusion.grids import grid
-from ancestral.diffusion.process import Instant
+from ancestral.diffusion.multistep import (
+    deis_step,
+    dpmpp_step,
+    lms_step,
+    plms_step,
+    sa_solver_step,
+    unipc_step,
+)
+from ancestral.diffusion.singlestep import (
+    adaptive_step,
+    ancestral_step,
+    annealed_langevin_step,
+    ddim_step,
+    dpmpp_2s_step,
+    euler_step,
+    heun_step,
+    midpoint_step,
+    predictor_corrector_step,
+    restart_step,
+)
 from ancestral.errors import OptionError
-from ancestral.rng import Rng, Seeds, randn_like, streams
+from ancestral.rng import Seeds, streams
 
 Step = Callable[..., tuple[Tensor, Any]]
 
@@ -43,8 +59,10 @@ class Sampler:
 
     Attributes:
         step: the pure step.
-        order: of convergence in the number of steps for a deterministic sampler, None where noise is drawn.
+        order: of convergence in the number of steps for a deterministic sampler, None where noise is drawn or a
+            tolerance is kept.
         stochastic: whether the step draws noise.
+        evaluations: of the network in one step by default; None where that depends on the example or the step.
 
     Example:
         >>> from ancestral import toys
@@ -59,6 +77,7 @@ class Sampler:
     step: Step
     order: int | None
     stochastic: bool
+    evaluations: int | None
 
     def __call__(self, denoiser: Denoiser, x: Tensor, steps: int | Tensor, **options: Any) -> Tensor:
         """The end of the path: examples at t = 0, the shape of x."""
@@ -98,116 +117,34 @@ def walk(step: Step, denoiser: Denoiser, start: Point, times: list[float], **opt
         yield point
 
 
-def ancestral_step(
-    denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng, variance: str = "fixed-small"
-) -> tuple[Tensor, None]:
-    """x_s ~ p_theta(x_s|x_t) = N(mu_theta, Sigma_theta); the last step, to the data, returns the mean.
-
-    Reference: Ho et al. (2020), algorithm 2. `variance` is one of `denoise.VARIANCES`.
-    """
-    mean, var, _ = reverse(denoiser, x, s, t, variance)
-    if s.sigma == 0:
-        return mean, memory
-    return mean + var**0.5 * randn_like(x, rng), memory
-
-
-def ddim_step(
-    denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng | None = None, eta: float = 0.0
-) -> tuple[Tensor, None]:
-    """x_s = alpha_s x_0_hat + sqrt(sigma_s^2 - eta^2 beta~) eps_hat + eta sqrt(beta~) z.
-
-    eta scales the standard deviation of fresh noise: 0 is deterministic, 1 is ancestral sampling.
-
-    Reference: Song, Meng & Ermon (2021), eqs. 12 and 16.
-    """
-    if not 0 <= eta <= 1:
-        raise OptionError(f"DDIM's eta is the share of fresh noise and lies in [0, 1], received {eta}")
-    fresh = eta**2 * denoiser.process.gain(s, t)
-    x_0_hat = denoiser(x, t)
-    eps_hat = x.sub(x_0_hat, alpha=t.alpha) / t.sigma
-    x = (s.alpha * x_0_hat).add(eps_hat, alpha=s.sigma * (1 - fresh) ** 0.5)
-    if eta == 0 or s.sigma == 0:
-        return x, memory
-    if rng is None:
-        raise OptionError(f"DDIM with eta = {eta} draws noise: pass rng=, one generator or one per example")
-    return x.add(randn_like(x, rng), alpha=s.sigma * fresh**0.5), memory
-
-
-def euler_step(
-    denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng | None = None
-) -> tuple[Tensor, None]:
-    """x_s = x_t + (alpha_s - alpha_t) x_0_hat + (sigma_s - sigma_t) eps_hat, which equals DDIM with eta = 0."""
-    return _along(x, t, s, *_slopes(denoiser, x, t)), memory
-
-
-def heun_step(
-    denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng | None = None
-) -> tuple[Tensor, None]:
-    """Euler to s, then again from t with the mean of the slopes at both ends; Euler alone where sigma_s = 0.
-
-    Reference: Karras et al. (2022), algorithm 1, in the coordinates of this module.
-    """
-    x_0_t, eps_t = _slopes(denoiser, x, t)
-    x_euler = _along(x, t, s, x_0_t, eps_t)
-    if s.sigma == 0:
-        return x_euler, memory
-    x_0_s, eps_s = _slopes(denoiser, x_euler, s)
-    return _along(x, t, s, (x_0_t + x_0_s) / 2, (eps_t + eps_s) / 2), memory
-
-
-def annealed_langevin_step(
-    denoiser: Denoiser,
-    x: Tensor,
-    t: Instant,
-    s: Instant,
-    memory: Any,
-    *,
-    rng: Rng,
-    updates: int = 10,
-    size: float = 0.2,
-) -> tuple[Tensor, langevin.Chains]:
-    """`updates` steps of Langevin dynamics on log q(x_t), of length size * sigma_t^2, then on to the next level.
-
-    Each example is one chain. The memory is the level's `langevin.Chains`, whose `ess()` and `r_hat()` say whether
-    the level was explored. The last level ends with the denoiser's guess.
-
-    Reference: Song & Ermon (2019), algorithm 1. Two changes: between levels x is shrunk to the spread of unit-variance
-    data at the next one, and the closing denoising step is from Jolicoeur-Martineau et al. (2021).
-    """
-    chains = langevin.ula(
-        lambda flat: denoiser.score(flat.reshape(x.shape), t).flatten(1),
-        x.flatten(1),
-        size * t.sigma**2,
-        updates,
-        rng=rng,
-    )
-    x = chains.samples[-1].reshape(x.shape)
-    if s.sigma == 0:
-        return denoiser(x, t), chains
-    return math.hypot(s.alpha, s.sigma) / math.hypot(t.alpha, t.sigma) * x, chains
-
-
-def _slopes(denoiser: Denoiser, x: Tensor, t: Instant) -> tuple[Tensor, Tensor]:
-    """(x_0_hat, eps_hat): what x gains per unit of alpha and of sigma along the probability-flow ODE."""
-    x_0_hat = denoiser(x, t)
-    return x_0_hat, x.sub(x_0_hat, alpha=t.alpha) / t.sigma
-
-
-def _along(x: Tensor, t: Instant, s: Instant, x_0_hat: Tensor, eps_hat: Tensor) -> Tensor:
-    """x + (alpha_s - alpha_t) x_0_hat + (sigma_s - sigma_t) eps_hat."""
-    return x.add(x_0_hat, alpha=s.alpha - t.alpha).add(eps_hat, alpha=s.sigma - t.sigma)
-
-
-ancestral = Sampler(ancestral_step, order=None, stochastic=True)
-ddim = Sampler(ddim_step, order=1, stochastic=False)
-euler = Sampler(euler_step, order=1, stochastic=False)
-heun = Sampler(heun_step, order=2, stochastic=False)
-annealed_langevin = Sampler(annealed_langevin_step, order=None, stochastic=True)
+ancestral = Sampler(ancestral_step, order=None, stochastic=True, evaluations=1)
+ddim = Sampler(ddim_step, order=1, stochastic=False, evaluations=1)
+euler = Sampler(euler_step, order=1, stochastic=False, evaluations=1)
+heun = Sampler(heun_step, order=2, stochastic=False, evaluations=2)
+annealed_langevin = Sampler(annealed_langevin_step, order=None, stochastic=True, evaluations=10)
 
 SAMPLERS = {
     "ancestral": ancestral,
     "ddim": ddim,
     "euler": euler,
     "heun": heun,
+    "midpoint": Sampler(midpoint_step, order=2, stochastic=False, evaluations=2),
+    "dpmpp-2s": Sampler(dpmpp_2s_step, order=2, stochastic=False, evaluations=2),
+    "dpmpp-2m": Sampler(partial(dpmpp_step, order=2), order=2, stochastic=False, evaluations=1),
+    "dpmpp-3m": Sampler(partial(dpmpp_step, order=3), order=3, stochastic=False, evaluations=1),
+    "sde-dpmpp-2m": Sampler(partial(dpmpp_step, order=2, tau=1.0), order=None, stochastic=True, evaluations=1),
+    "sde-dpmpp-3m": Sampler(partial(dpmpp_step, order=3, tau=1.0), order=None, stochastic=True, evaluations=1),
+    "unipc-1": Sampler(partial(unipc_step, order=1), order=2, stochastic=False, evaluations=1),
+    "unipc-2": Sampler(partial(unipc_step, order=2), order=3, stochastic=False, evaluations=1),
+    "unipc-3": Sampler(partial(unipc_step, order=3), order=3, stochastic=False, evaluations=1),
+    "deis-2": Sampler(partial(deis_step, order=2), order=2, stochastic=False, evaluations=1),
+    "deis-3": Sampler(partial(deis_step, order=3), order=3, stochastic=False, evaluations=1),
+    "lms": Sampler(lms_step, order=3, stochastic=False, evaluations=1),
+    "plms": Sampler(plms_step, order=2, stochastic=False, evaluations=1),
+    "sa-solver": Sampler(sa_solver_step, order=None, stochastic=True, evaluations=1),
+    "adaptive": Sampler(adaptive_step, order=None, stochastic=False, evaluations=None),
+    "predictor-corrector": Sampler(predictor_corrector_step, order=None, stochastic=True, evaluations=2),
     "annealed-langevin": annealed_langevin,
+    "restart": Sampler(restart_step, order=None, stochastic=True, evaluations=None),
 }
+"""Every sampler by its name, with its published constants where options give no other."""
