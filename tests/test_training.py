@@ -356,6 +356,15 @@ def test_another_schedule_starts_from_constants_of_its_own():
     assert float(recipes.build(finer, facts).process.chain(1000).betas[0]) == pytest.approx(1e-5)
 
 
+def test_a_setting_rescales_any_schedule_to_end_in_pure_noise():
+    setup, facts = recipes.Setup(recipe="x", mlp=recipes.MLPSection()), load("ring-8").facts
+    for changes in (["process.schedule=linear"], ["process.betas=[0.1, 0.2]"]):
+        assert recipes.build(recipes.change(setup, changes), facts).process(1.0)[0] > 0
+        rescaled = recipes.build(recipes.change(setup, [*changes, "process.zero_terminal=true"]), facts)
+        assert rescaled.process(1.0)[0] == 0
+        assert rescaled.sample(3, steps=2).isfinite().all()
+
+
 @pytest.mark.parametrize("source", ["digits", "bytes"])
 def test_image_recipes_start_finer_than_a_level(source, tmp_path):
     """The first step's noise is below half the spacing of levels, so that the decoder costs next to nothing."""

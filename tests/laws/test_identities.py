@@ -19,7 +19,7 @@ name like `sample.measured_order` begins that of one in test_sample.py, which pr
     14  test_ancestral_sampling_of_exploding_variance_goes_down_and_up_again, which is k-diffusion's split
     15  test_edm_preconditioning_has_unit_input_unit_target_and_the_published_weight; `denoise.edm_row_has_unit_input`
     16  test_karras_grid_has_the_published_noise_levels; `sample.grids_decrease_from_the_end`
-    17  no code: no schedule is rescaled to zero terminal SNR; the straight one ends there by itself
+    17  `process.zero_terminal_is_the_published_rescaling`; the straight schedule ends there by itself
     18  test_a_chain_of_fewer_steps_keeps_alpha_bar; `process.linear_is_the_published_table`
     19  test_a_chain_of_optimal_variance_loses_the_terminal_kl_alone; `likelihood.with_the_optimal_variance`
     20  test_a_chain_of_variance_beta_loses_nothing_of_unit_variance_and_1_over_T_of_any_other;
@@ -62,8 +62,9 @@ from ancestral.data import Scale
 from ancestral.diffusion import likelihood
 from ancestral.diffusion import process as P
 from ancestral.diffusion.denoise import ROWS, VARIANCES, Denoiser, NetworkDenoiser, OracleDenoiser
+from ancestral.diffusion.grids import karras, uniform
 from ancestral.diffusion.model import Diffusion
-from ancestral.diffusion.sample import SAMPLERS, ancestral_step, ddim_step, euler_step, karras, uniform
+from ancestral.diffusion.sample import SAMPLERS, ancestral_step, ddim_step, euler_step
 from ancestral.ode import divergence_hutchinson
 from ancestral.rng import rand, randn, randn_like, stream
 from oracles import COMBINATIONS, ExactNetwork, FiniteSet, exact, plain_facts, two_point
@@ -427,7 +428,7 @@ def gap(denoiser, mean, var, T, variance):
     process = denoiser.process
     alpha, sigma = process(1.0)
     terminal = gaussian.kl(alpha * mean, alpha**2 * var + sigma**2, 0 * ONE, process.prior_var())
-    bound = sum(terms_and_ends(denoiser, mean, var, uniform(T).flip(0), variance))
+    bound = sum(terms_and_ends(denoiser, mean, var, uniform(process, T).flip(0), variance))
     return bound - toys.gaussian([mean], [[var]]).entropy() - float(terminal)
 
 
@@ -715,7 +716,7 @@ def test_the_bound_does_not_depend_on_the_order_of_the_pixels(name, variance):
     A = randn((4, 4), stream(0), dtype=torch.float64)
     mean, cov, order = A[0], A @ A.T + 0.1 * torch.eye(4), torch.tensor([2, 0, 3, 1])
     x_0, eps = toys.gaussian(mean, cov).sample(5, rng=stream(1)), randn((5, 4), stream(2), dtype=torch.float64)
-    times = uniform(10).flip(0)
+    times = uniform(P.named(name), 10).flip(0)
 
     def nats(mean, cov, x_0, eps):
         oracle = Moved(OracleDenoiser(toys.gaussian(mean, cov), P.named(name)))

@@ -9,14 +9,17 @@ from torch.distributions import Normal
 
 from ancestral import gaussian
 from ancestral.diffusion import process as P
+from ancestral.diffusion.denoise import NetworkDenoiser
 from ancestral.errors import OptionError
 from ancestral.rng import rand, randn, stream
 
-SCHEDULES = [*P.SCHEDULES, "betas"]
+SCHEDULES = [*P.SCHEDULES, "betas", "zero-terminal"]
 TABLE = torch.tensor([0.3, 0.1, 0.2, 0.05, 0.4])
 
 
 def schedule(name: str) -> P.Process:
+    if name == "zero-terminal":
+        return P.zero_terminal(P.linear())
     return P.from_betas(TABLE) if name == "betas" else P.named(name)
 
 
@@ -131,6 +134,37 @@ def test_cosine_is_the_published_curve():
     t = torch.linspace(0, 0.9, 10, dtype=torch.float64)
     f = ((t + 0.008) / 1.008 * math.pi / 2).cos() ** 2
     torch.testing.assert_close(P.cosine(log_snr_min=-60)(t)[0] ** 2, f / f[0], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("T", [10, 1000])
+@pytest.mark.parametrize("name", ["linear", "scaled-linear", "cosine", "sigmoid", "log-linear", "betas"])
+def test_zero_terminal_is_the_published_rescaling_of_the_chain(name, T):
+    """alpha is shifted to 0 at the end and scaled to what it was at the first step, and falls all the way."""
+    process = schedule(name)
+    rescaled = P.zero_terminal(process, T)
+    t = torch.arange(1, T + 1, dtype=torch.float64) / T
+    alpha, after = process(t)[0], rescaled(t)[0]
+    published = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+    torch.testing.assert_close(after, published, rtol=1e-12, atol=1e-15)
+    assert after[-1] == 0
+    assert rescaled(1.0)[1] == 1
+    torch.testing.assert_close(rescaled(1 / T)[1], process(1 / T)[1], rtol=1e-12, atol=0)
+    assert (rescaled.log_snr(torch.linspace(0, 1, 5000, dtype=torch.float64)).diff() < 0).all()
+    assert (rescaled.terminal_kl(torch.ones(2, 3)) == 0).all()
+    again = P.zero_terminal(rescaled, T)
+    torch.testing.assert_close(again(t)[0], after, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["edm", "straight"])
+def test_only_a_variance_preserving_process_is_rescaled(name):
+    with pytest.raises(OptionError, match=r"only a variance-preserving process is rescaled.*choose another schedule"):
+        P.zero_terminal(P.named(name))
+
+
+@pytest.mark.parametrize("predicts", ["eps", "score"])
+def test_noise_and_score_say_nothing_where_no_signal_is_left(predicts):
+    with pytest.raises(OptionError, match=r"where no signal is left.*predict 'v'"):
+        NetworkDenoiser(torch.nn.Identity(), P.zero_terminal(P.linear()), predicts)
 
 
 def test_edm_times_are_log_normal_noise_levels():

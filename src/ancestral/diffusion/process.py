@@ -395,6 +395,46 @@ def log_linear(log_snr_max: float = 13.3, log_snr_min: float = -8.0, knee: float
     return Process(lambda t: log_snr_max - (log_snr_max - log_snr_min) * t + 2 * torch.log1p(knee / t))
 
 
+def zero_terminal(process: Process, T: int = 1000) -> Process:
+    """The process shifted and scaled in alpha so that nothing is left at its end: alpha_T = 0.
+
+    alpha'_t = alpha_1 (alpha_t - alpha_T) / (alpha_1 - alpha_T),   t = 1, ..., T
+
+    The first of the T steps keeps its alpha; before it, where a chain has no times, the process is as it was. The noise
+    is sigma'^2 = (1 - alpha') (1 + alpha'), with 1 - alpha' made of the 1 - alpha: nothing cancels near the data.
+
+    Reference: Lin et al. (2024), algorithm 1.
+
+    Raises:
+        OptionError: if the process is not variance-preserving.
+
+    Example:
+        >>> zero_terminal(linear())(torch.tensor([0.001, 1.0]))[0], linear()(0.001)[0]
+        (tensor([0.9999, 0.0000], dtype=torch.float64), tensor(0.9999, dtype=torch.float64))
+    """
+    if process.constraint != "variance-preserving":
+        raise OptionError(
+            f"only a variance-preserving process is rescaled to end in pure noise, received a {process.constraint} "
+            "one: choose another schedule, or leave zero_terminal out"
+        )
+    (alpha_1, _), (alpha_T, _) = process(1 / T), process(1.0)
+
+    def missing(log_snr: Tensor) -> Tensor:
+        """1 - alpha = sigma^2 / (1 + alpha)."""
+        return (-log_snr).sigmoid() / (1 + log_snr.sigmoid().sqrt())
+
+    first = missing(process.log_snr(1 / T))
+
+    def log_snr(t: Tensor) -> Tensor:
+        before = process.log_snr(t)
+        later = process.log_snr(t.clamp(min=1 / T))
+        alpha = alpha_1 * (later.sigmoid().sqrt() - alpha_T) / (alpha_1 - alpha_T)
+        one_minus = (alpha_1 * missing(later) - alpha_T * first) / (alpha_1 - alpha_T)
+        return torch.where(t < 1 / T, before, 2 * alpha.log() - one_minus.log() - alpha.log1p())
+
+    return Process(log_snr)
+
+
 SCHEDULES: dict[str, Callable[..., Process]] = {
     "linear": linear,
     "scaled-linear": scaled_linear,

@@ -28,11 +28,15 @@ class Section(BaseModel):
 
 
 class ProcessSection(Section):
-    """Which forward process: a schedule by name with constants of its own, or a table of betas in its place."""
+    """Which forward process: a schedule by name with constants of its own, or a table of betas in its place.
+
+    Either is rescaled to end in pure noise when it is to be `zero_terminal`.
+    """
 
     schedule: str = "cosine"
     options: dict[str, float] = {}
     betas: tuple[float, ...] | None = None
+    zero_terminal: bool = False
 
 
 class DiffusionSection(Section):
@@ -286,6 +290,8 @@ def build(setup: Setup, facts: Facts, seed: int = 0) -> Diffusion:
     forward = (
         processes.named(process.schedule, **process.options) if named else processes.from_betas(process.betas or ())
     )
+    if process.zero_terminal:
+        forward = processes.zero_terminal(forward)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         section = setup.unet or setup.dit
