@@ -14,8 +14,8 @@ from ancestral import toys
 from ancestral.apps import diagram, figures
 from ancestral.data import draw, load
 from ancestral.diffusion import process as P
+from ancestral.diffusion.grids import karras
 from ancestral.diffusion.likelihood import bound as bound_of
-from ancestral.diffusion.sample import karras
 from ancestral.errors import DataError
 from ancestral.rng import randn, stream
 from ancestral.training import recipes

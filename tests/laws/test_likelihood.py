@@ -10,8 +10,8 @@ from scipy.special import log_ndtr
 from ancestral import gaussian, toys
 from ancestral.diffusion import process as P
 from ancestral.diffusion.denoise import FIXED, Clipped, Denoiser, OracleDenoiser
+from ancestral.diffusion.grids import uniform
 from ancestral.diffusion.likelihood import Bound, bound, estimate, kl_term, mean_and_stderr, spans
-from ancestral.diffusion.sample import uniform
 from ancestral.errors import OptionError
 from ancestral.rng import Rows, stream, streams
 from oracles import COMBINATIONS, FiniteSet, exact, two_point
@@ -77,7 +77,7 @@ def test_refining_a_grid_never_loosens_the_bound_of_the_exact_denoiser(exact_mom
     process, mean, var = P.named(name), 0.3, 0.25
     x_0 = exact_moments(mean, var)
     oracle = OracleDenoiser(toys.gaussian(torch.tensor([mean]), torch.tensor([[var]])), process)
-    fine = uniform(256)
+    fine = uniform(process, 256)
     sums = []
     for stride in (85, 51, 17, 5, 1):
         steps = fine if stride == 1 else fine[::stride]

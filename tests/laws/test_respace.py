@@ -19,10 +19,11 @@ from ancestral.diffusion.denoise import (
     NetworkDenoiser,
     OracleDenoiser,
 )
+from ancestral.diffusion.grids import grid, quadratic, uniform
 from ancestral.diffusion.likelihood import bound, kl_term, mean_and_stderr
 from ancestral.diffusion.respace import Calibrated, Residuals, best_chain, best_chains, pair_terms, residuals
 from ancestral.diffusion.respace import _smoother as smoother
-from ancestral.diffusion.sample import SAMPLERS, grid, uniform
+from ancestral.diffusion.sample import SAMPLERS
 from ancestral.errors import OptionError
 from ancestral.rng import Rows, randn, stream, streams
 
@@ -71,7 +72,7 @@ def exact_residuals(denoiser: Denoiser, x_0: torch.Tensor, steps: int | torch.Te
 def anything(T: int, variance: str = "optimal") -> Residuals:
     """Residuals that no law would have, in which nothing is monotone."""
     mse, decoder = randn((2, T), stream(5, T), dtype=torch.float64).exp()
-    return Residuals(uniform(T).flip(0), 3, mse, 0 * mse, decoder, 0 * mse, 0.25, variance)
+    return Residuals(uniform(P.cosine(), T).flip(0), 3, mse, 0 * mse, decoder, 0 * mse, 0.25, variance)
 
 
 def mean_bound(denoiser, x_0, steps, variance, **options) -> float:
@@ -178,7 +179,7 @@ def test_between_its_times_the_variance_of_a_unit_gaussian_is_still_exact():
     """(1 + SNR) mse is then 1 at any level of noise."""
     process, unit = P.cosine(), torch.ones(2).double()
     oracle = normal(process, 0 * unit, unit)
-    times = uniform(7).flip(0)
+    times = uniform(process, 7).flip(0)
     mse = process(times)[1].square()
     calibrated = Calibrated(oracle, Residuals(times, 2, mse, 0 * mse, mse, 0 * mse, 0.0, "optimal"))
     t = torch.linspace(float(times[0]), 1, 30, dtype=torch.float64)
@@ -261,7 +262,7 @@ def test_the_best_chain_is_the_best_of_all_sub_chains(variance):
         assert chain.steps.tolist() == found.times[list(best)].flip(0).tolist()
         assert chain.nats == pytest.approx(length(best), rel=1e-12)
         assert best_chain(process, found, K).nats == chain.nats
-    assert torch.equal(chain.steps, uniform(8))
+    assert torch.equal(chain.steps, uniform(process, 8))
     assert len({chain.steps[-1].item() for chain in best_chains(process, found, 8)}) > 1
 
 
@@ -295,13 +296,13 @@ def test_the_best_chain_beats_evenly_and_quadratically_spaced_ones(exact_moments
     """Of what K such steps lose to the density, by 5 % at the least; by a half against the even ones at K = 20."""
     x_0, oracle = exact_moments(), normal(P.cosine())
     fine = exact_residuals(oracle, x_0, 400, variance)
-    chains = best_chain(oracle.process, fine, K).steps, uniform(K), uniform(K).square()
-    best, even, quadratic = (
+    chains = best_chain(oracle.process, fine, K).steps, uniform(oracle.process, K), quadratic(oracle.process, K)
+    best, even, squared = (
         mean_bound(Calibrated(oracle, exact_residuals(oracle, x_0, steps, variance)), x_0, steps, variance)
         - oracle.law.entropy()
         for steps in chains
     )
-    assert best < 0.95 * min(even, quadratic)
+    assert best < 0.95 * min(even, squared)
 
 
 @pytest.mark.parametrize("variance", ["beta", "optimal"])
@@ -386,7 +387,7 @@ def test_illegal_requests_are_refused():
     with pytest.raises(OptionError, match="at least one draw"):
         residuals(oracle, x_0, 8, rng=stream(0), draws=0)
     with pytest.raises(OptionError, match="decreasing times"):
-        residuals(oracle, x_0, uniform(8).flip(0), rng=stream(0))
+        residuals(oracle, x_0, uniform(oracle.process, 8).flip(0), rng=stream(0))
     with pytest.raises(OptionError, match="more examples or more draws"):
         residuals(oracle, x_0[:2], 1000, rng=stream(0))
     with pytest.raises(OptionError, match="randomness of 100 rows"):

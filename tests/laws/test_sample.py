@@ -10,6 +10,7 @@ import torch
 from ancestral import toys
 from ancestral.diffusion import process as P
 from ancestral.diffusion.denoise import NetworkDenoiser, OracleDenoiser
+from ancestral.diffusion.grids import grid, karras, uniform
 from ancestral.diffusion.sample import (
     SAMPLERS,
     Point,
@@ -17,10 +18,7 @@ from ancestral.diffusion.sample import (
     annealed_langevin,
     ddim,
     euler,
-    grid,
     heun,
-    karras,
-    uniform,
     walk,
 )
 from ancestral.errors import OptionError
@@ -85,7 +83,7 @@ def test_ancestral_sampling_of_a_gaussian_reproduces_its_mean_and_covariance(nam
     toy = toys.gaussian(mean, var.diag())
     oracle = OracleDenoiser(toy, process)
     t_1 = process.time(14.0)
-    steps = torch.cat([uniform(7), t_1.reshape(1)])
+    steps = torch.cat([uniform(process, 7), t_1.reshape(1)])
     alpha, sigma = (float(c) for c in process(1.0))
     x_T = toy.diffused(alpha, sigma).sample(n, rng=stream(1))
     *_, before, _ = ancestral.path(oracle, x_T, steps, rng=stream(2), variance="optimal")
@@ -105,7 +103,7 @@ def test_ancestral_sampling_with_fixed_variances_converges_to_the_law(variance):
     def excess(T: int) -> float:
         """Exact propagation of mean and variance: the reverse chain of a Gaussian is affine."""
         mean, var = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-        times = [*uniform(T).tolist(), 0.0]
+        times = [*uniform(process, T).tolist(), 0.0]
         for t, s in pairwise(times[:-1]):
             probe = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
             (shift, shifted), noise = _affine(oracle, probe, s, t, variance)
@@ -178,7 +176,7 @@ def test_a_walk_can_be_taken_up_at_any_point(name):
     """To the bit: a point has all that the rest of the walk needs, and what is done with it leaves it as it was."""
     process, step = P.linear(), SAMPLERS[name].step
     oracle = OracleDenoiser(toys.named("two-moons"), process)
-    x, times = start(process, 5), [*uniform(7).tolist(), 0.0]
+    x, times = start(process, 5), [*uniform(process, 7).tolist(), 0.0]
     rng, points, states = stream(1), [Point(1.0, x)], []
     for t, s in pairwise(times):
         states.append(rng.bit_generator.state)
@@ -277,7 +275,7 @@ def test_annealed_langevin_reports_which_levels_were_explored():
 @pytest.mark.parametrize("name", P.SCHEDULES)
 def test_grids_decrease_from_the_end_of_the_process(name):
     process = P.named(name)
-    for steps in (uniform(20), karras(process, 20), grid(process, 1), grid(process, 333)):
+    for steps in (uniform(process, 20), karras(process, 20), grid(process, 1), grid(process, 333)):
         assert steps[0] == 1
         assert (steps.diff() < 0).all()
         assert steps[-1] > 0

@@ -10,6 +10,7 @@ from ancestral.data import Facts
 from ancestral.diffusion import flow, likelihood
 from ancestral.diffusion import sample as samplers
 from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, Given, NetworkDenoiser, between
+from ancestral.diffusion.grids import grid
 from ancestral.diffusion.process import LOG_SNR_MIN, Process
 from ancestral.errors import OptionError, unknown
 from ancestral.protocol import Batch, Density, Player
@@ -126,7 +127,7 @@ class Diffusion(nn.Module):
         self.facts, self.process, self.variance = facts, process, variance
         self.decoder, self.chain = decoder, chain
         self.network = NetworkDenoiser(net, process, predicts)
-        times = samplers.grid(process, chain).flip(0)
+        times = grid(process, chain).flip(0)
         probability, self._weight = WEIGHTINGS[weighting](self.network, times)
         self._times, self._probability = times, probability / probability.sum()
         self._cumulative, self._mixed = self._probability.cumsum(0), weighting != "bound"
@@ -235,7 +236,7 @@ class Diffusion(nn.Module):
         Ancestral sampling walks the chain that is measured: with the model's own reverse variance.
         """
         each = streams(rng, n, start=start)
-        times = samplers.grid(self.process, steps)
+        times = grid(self.process, steps)
         noise = randn((n, *self.facts.shape), each).to(self.device) * float(self.process.prior_var(times[0])) ** 0.5
         if sampler is samplers.ancestral:
             options.setdefault("variance", self.variance)
@@ -279,7 +280,7 @@ class Diffusion(nn.Module):
 
         It starts at the first time after 0, from alpha_t x_0: the noise there is not drawn.
         """
-        times = samplers.grid(self.process, steps).flip(0).tolist()
+        times = grid(self.process, steps).flip(0).tolist()
         start = samplers.Point(
             times[0], self.process(times[0])[0].float() * self.facts.scale.forward(x).to(self.device)
         )

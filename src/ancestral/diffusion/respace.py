@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ancestral import gaussian
 from ancestral.diffusion.denoise import FIXED, Denoiser
+from ancestral.diffusion.grids import grid
 from ancestral.diffusion.process import LOG_SNR_MIN, Process, Time, per_example
-from ancestral.diffusion.sample import grid
 from ancestral.errors import OptionError, unknown
 from ancestral.rng import Rng, Seeds, rand, streams
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ancestral.diffusion.denoise import Denoiser, halves, moments
+from ancestral.diffusion.grids import grid
 from ancestral.diffusion.multistep import (
     deis_step,
     dpmpp_step,
@@ -26,7 +27,7 @@ from ancestral.diffusion.multistep import (
     sa_solver_step,
     unipc_step,
 )
-from ancestral.diffusion.process import LOG_SNR_MIN, Process, Time
+from ancestral.diffusion.process import Time
 from ancestral.diffusion.singlestep import (
     adaptive_step,
     ancestral_step,
@@ -52,43 +53,6 @@ class Point(NamedTuple):
     x: Tensor
     memory: Any = None
     x_0_hat: Tensor | None = None
-
-
-# Grids: decreasing times at which the network is asked; the walk closes at the data, t = 0.
-
-
-def uniform(n: int) -> Tensor:
-    """n times evenly spaced: 1, (n-1)/n, ..., 1/n; the chain of n steps."""
-    return torch.arange(n, 0, -1, dtype=torch.float64) / n
-
-
-def karras(process: Process, n: int, rho: float = 7.0, log_snr_max: float = 12.0) -> Tensor:
-    """n times evenly spaced in (sigma / alpha)^(1/rho), from the end of the process to log_snr_max.
-
-    Reference: Karras et al. (2022), eq. 5; log_snr_max = 12 is their sigma_min of 0.002.
-    """
-    top = process.log_snr(1.0).clamp(min=LOG_SNR_MIN)
-    ends = torch.exp(-torch.stack([top, torch.full_like(top, log_snr_max)]) / (2 * rho))
-    ratio = (ends[0] + torch.linspace(0, 1, n, dtype=torch.float64) * (ends[1] - ends[0])) ** rho
-    times = process.time(-2 * ratio.log())
-    return torch.cat([torch.ones(1, dtype=torch.float64), times[1:]])
-
-
-def grid(process: Process, steps: int | Tensor) -> Tensor:
-    """The given times, or the default grid of so many: Karras's for a variance-exploding process, else uniform.
-
-    Raises:
-        OptionError: if there are no steps, or the times are not decreasing within (0, 1].
-    """
-    if isinstance(steps, int):
-        if steps < 1:
-            raise OptionError(f"sampling needs at least one step, received {steps}")
-        return karras(process, steps) if process.constraint == "variance-exploding" else uniform(steps)
-    if len(steps) == 0 or steps[0] > 1 or steps[-1] <= 0 or (steps.diff() >= 0).any():
-        raise OptionError(
-            "a grid of steps must be decreasing times in (0, 1]; the data, t = 0, is added by the sampler"
-        )
-    return steps.double()
 
 
 @dataclass(frozen=True)

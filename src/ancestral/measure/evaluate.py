@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ancestral.data import Data, Facts
-from ancestral.diffusion import likelihood, respace, sample
+from ancestral.diffusion import likelihood, respace
 from ancestral.diffusion.denoise import VARIANCES
+from ancestral.diffusion.grids import grid
 from ancestral.diffusion.likelihood import Bound, Estimate, estimate
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import DataError, OptionError, unknown
@@ -321,7 +322,7 @@ def _chain(
             f"the best chain is one of 1 to {model.chain:,} steps with reverse variance 'beta' or 'optimal', received "
             f"steps = {steps} and {variance!r}: give --steps 50 --variance optimal"
         )
-    options: dict[str, Any] = {"steps": sample.grid(model.process, model.chain if steps is None else steps)}
+    options: dict[str, Any] = {"steps": grid(model.process, model.chain if steps is None else steps)}
     options["variance"] = variance
     analytic, asked = variance == "optimal" and not model.network.posterior, 0
     if analytic or best:
