@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ancestral import gaussian
 from ancestral.diffusion.denoise import FIXED, Denoiser
-from ancestral.diffusion.grids import grid
+from ancestral.diffusion.grids import Grid, grid
 from ancestral.diffusion.process import LOG_SNR_MIN, Process, Time, per_example
 from ancestral.errors import OptionError, unknown
 from ancestral.rng import Rng, Seeds, rand, streams
@@ -236,6 +236,11 @@ def best_chain(process: Process, residuals: Residuals, K: int) -> Respaced:
         (5, 1.0, True)
     """
     return best_chains(process, residuals, K)[-1]
+
+
+def best_grid(residuals: Residuals) -> Grid:
+    """The best chain as a grid, (process, n) -> times, for the process whose residuals they are; see `best_chain`."""
+    return lambda process, n: best_chain(process, residuals, n).steps
 
 
 def best_chains(process: Process, residuals: Residuals, K: int) -> list[Respaced]:

@@ -1,0 +1,175 @@
+"""A grid bent to a model: its times are moved until the ends of a few starts come closer to their true ones.
+
+Starts are draws of p(x_T), and their ends x_0* what a fine solution of the probability-flow ODE makes of them. With
+lambda the log-SNR of the times, and u even from 0 to 1 over the gaps between them, a grid of any length is bent by
+
+    lambda_1 + delta,   (lambda_{i+1} - lambda_i) exp(sum_j theta_j cos(pi j u_i)),   j = 0, ..., 7
+    min over (delta, theta) of  log RMS ||x_0 - x_0*|| + mean log ||x_0 - x_0*||
+
+The root mean square counts mostly the starts that land in another basin, the geometric mean hardly does; what falls is
+their product.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ancestral.diffusion.denoise import Denoiser
+from ancestral.diffusion.process import LOG_SNR_MIN, Time
+from ancestral.diffusion.sample import SAMPLERS
+
+COSINES = 8
+"""Of theta, at most."""
+
+
+class Errors(NamedTuple):
+    """Distances ||x_0 - x_0*|| of ends from those of the reference.
+
+    Attributes:
+        rms: root mean square.
+        typical: geometric mean.
+        median: the median.
+        astray: share of starts that end more than a quarter of the spread of all ends away, as in another basin.
+    """
+
+    rms: float
+    typical: float
+    median: float
+    astray: float
+
+
+class Pair(NamedTuple):
+    """A sampler and a grid by name, and the times."""
+
+    sampler: str
+    grid: str
+    times: Tensor
+
+
+class Counted(Denoiser):
+    """A denoiser that counts the examples it is given."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser, self.process, self.asked = denoiser, denoiser.process, 0
+
+    def forward(self, x_t: Tensor, t: Time) -> Tensor:
+        """E[x_0 | x_t], unchanged."""
+        self.asked += len(x_t)
+        return self.denoiser(x_t, t)
+
+
+@dataclass(frozen=True)
+class Starts:
+    """A few starts.
+
+    Attributes:
+        denoiser: of the model.
+        noise: draws of p(x_T), shape (n, ...).
+        ends: where a fine solution takes them, x_0*, the same shape.
+    """
+
+    denoiser: Counted
+    noise: Tensor
+    ends: Tensor
+
+    def __getitem__(self, rows: slice) -> "Starts":
+        return Starts(self.denoiser, self.noise[rows], self.ends[rows])
+
+    def misses(self, pair: Pair) -> Tensor:
+        """x_0 - x_0* of every start, shape (n, D), float64; a draw of p(x_T) is scaled to one at the first time."""
+        process = self.denoiser.process
+        x = self.noise * float(process.prior_var(pair.times[0]) / process.prior_var()) ** 0.5
+        return (SAMPLERS[pair.sampler](self.denoiser, x, pair.times) - self.ends).double().flatten(1)
+
+    def errors(self, pair: Pair) -> Errors:
+        """How far from the ends of the reference the pair ends."""
+        far, spread = distances(self.misses(pair)), distances((self.ends - self.ends.mean(0)).double().flatten(1))
+        astray = far > spread.square().mean().sqrt() / 4
+        means = far.square().mean().sqrt(), far.log().mean().exp(), far.median(), astray.double().mean()
+        return Errors(*(float(mean) for mean in means))
+
+    def nats(self, pair: Pair) -> float:
+        """log RMS ||x_0 - x_0*|| + mean log ||x_0 - x_0*||, which is made small."""
+        return nats(self.misses(pair))
+
+    def asked(self, pair: Pair) -> int:
+        """Evaluations of the network for one example."""
+        before, _ = self.denoiser.asked, self[:1].misses(pair)
+        return self.denoiser.asked - before
+
+
+def bend(starts: Starts, pair: Pair, log_snr_max: float = 12.0, rounds: int = 4) -> Pair:
+    """The pair with times moved so that its ends come closer to those of the reference.
+
+    The misses r are linearized in (delta, theta) by differences, and the step is the damped one of least sum w ||r||^2,
+    w = 1 / ||r||^2 + 1 / mean ||r||^2, whose gradient is that of the nats.
+
+    Reference: Marquardt (1963), for the damping.
+
+    Args:
+        starts: whose misses are made small.
+        pair: to begin with.
+        log_snr_max: of the last time, at most, in nats.
+        rounds: steps at most, each for as many walks as there are (delta, theta), and up to 4.
+
+    Example:
+        >>> from ancestral import toys
+        >>> from ancestral.diffusion import denoise, grids, process
+        >>> from ancestral.rng import randn, stream
+        >>> oracle = denoise.OracleDenoiser(toys.named("mixture"), process.linear())
+        >>> noise = randn((20, 2), stream(0), dtype=torch.float64)
+        >>> starts = Starts(Counted(oracle), noise, SAMPLERS["heun"](oracle, noise, grids.log_snr(oracle.process, 60)))
+        >>> straight = Pair("heun", "uniform", grids.uniform(oracle.process, 4))
+        >>> starts.errors(bend(starts, straight)).typical < starts.errors(straight).typical / 2
+        True
+    """
+    process, width = starts.denoiser.process, 0.02
+    end, level = process.log_snr(1.0).clamp(min=LOG_SNR_MIN), process.log_snr(pair.times).clamp(min=LOG_SNR_MIN)
+    bends = torch.zeros(1 + min(COSINES, len(level) - 1), dtype=torch.float64)
+    misses, damping = starts.misses(pair), 0.1
+
+    def moved(bends: Tensor) -> Pair:
+        """The pair with other (delta, theta), squeezed between the end of the process and log_snr_max."""
+        u = torch.linspace(0, 1, len(level) - 1, dtype=torch.float64)
+        cosines = torch.cos(math.pi * u[:, None] * torch.arange(len(bends) - 1))
+        gaps = (level.diff() * (cosines @ bends[1:]).exp()).cumsum(0)
+        first = (level[0] + bends[0]).clamp(end, (end + log_snr_max) / 2)
+        gaps = gaps * ((log_snr_max - first) / gaps[-1:]).clamp(max=1)
+        times = process.time(first + torch.cat([gaps.new_zeros(1), gaps]))
+        times[0] = 1 if first <= end else times[0]
+        return Pair(pair.sampler, f"{pair.grid}, bent", times)
+
+    for _ in range(rounds):
+        before, nudges = nats(misses), width * torch.eye(len(bends), dtype=torch.float64)
+        slopes = torch.stack([(starts.misses(moved(bends + nudge)) - misses) / width for nudge in nudges], 2)
+        square = distances(misses).square()
+        w = 1 / square + 1 / square.mean()
+        H, g = torch.einsum("n,ndp,ndq->pq", w, slopes, slopes), torch.einsum("n,ndp,nd->p", w, slopes, misses)
+        for _ in range(4):
+            ridge = (damping * H.diagonal() + 1e-9 * H.trace() + 1e-30).diag()
+            trial = bends - torch.linalg.solve(H + ridge, g).clamp(-1, 1)
+            there = starts.misses(moved(trial))
+            if nats(there) < before:
+                break
+            damping *= 5
+        else:
+            break
+        bends, misses, damping = trial, there, damping / 4
+        if nats(there) > before - 0.02:
+            break
+    return moved(bends) if bends.any() else pair
+
+
+def nats(misses: Tensor) -> float:
+    """log RMS ||x_0 - x_0*|| + mean log ||x_0 - x_0*||."""
+    far = distances(misses)
+    return float(far.square().mean().log() / 2 + far.log().mean())
+
+
+def distances(misses: Tensor) -> Tensor:
+    """The length of each row; what is not finite is infinitely far."""
+    return misses.norm(dim=1).nan_to_num(torch.inf, torch.inf).clamp(min=1e-12)
