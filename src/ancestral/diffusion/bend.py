@@ -30,7 +30,7 @@ class Errors(NamedTuple):
 
     Attributes:
         rms: root mean square.
-        typical: geometric mean.
+        typical: geometric mean; see `raised`.
         median: the median.
         astray: share of starts that end more than a quarter of the spread of all ends away, as in another basin.
     """
@@ -83,13 +83,13 @@ class Starts:
         """x_0 - x_0* of every start, shape (n, D), float64; a draw of p(x_T) is scaled to one at the first time."""
         process = self.denoiser.process
         x = self.noise * float(process.prior_var(pair.times[0]) / process.prior_var()) ** 0.5
-        return (SAMPLERS[pair.sampler](self.denoiser, x, pair.times) - self.ends).double().flatten(1)
+        return (SAMPLERS[pair.sampler](self.denoiser, x, pair.times) - self.ends).double().flatten(1).cpu()
 
     def errors(self, pair: Pair) -> Errors:
         """How far from the ends of the reference the pair ends."""
         far, spread = distances(self.misses(pair)), distances((self.ends - self.ends.mean(0)).double().flatten(1))
         astray = far > spread.square().mean().sqrt() / 4
-        means = far.square().mean().sqrt(), far.log().mean().exp(), far.median(), astray.double().mean()
+        means = far.square().mean().sqrt(), raised(far).log().mean().exp(), far.median(), astray.double().mean()
         return Errors(*(float(mean) for mean in means))
 
     def nats(self, pair: Pair) -> float:
@@ -146,7 +146,7 @@ def bend(starts: Starts, pair: Pair, log_snr_max: float = 12.0, rounds: int = 4)
     for _ in range(rounds):
         before, nudges = nats(misses), width * torch.eye(len(bends), dtype=torch.float64)
         slopes = torch.stack([(starts.misses(moved(bends + nudge)) - misses) / width for nudge in nudges], 2)
-        square = distances(misses).square()
+        square = raised(distances(misses)).square()
         w = 1 / square + 1 / square.mean()
         H, g = torch.einsum("n,ndp,ndq->pq", w, slopes, slopes), torch.einsum("n,ndp,nd->p", w, slopes, misses)
         for _ in range(4):
@@ -167,7 +167,15 @@ def bend(starts: Starts, pair: Pair, log_snr_max: float = 12.0, rounds: int = 4)
 def nats(misses: Tensor) -> float:
     """log RMS ||x_0 - x_0*|| + mean log ||x_0 - x_0*||."""
     far = distances(misses)
-    return float(far.square().mean().log() / 2 + far.log().mean())
+    return float(far.square().mean().log() / 2 + raised(far).log().mean())
+
+
+def raised(far: Tensor) -> Tensor:
+    """Distances as the geometric mean counts them: none as nearer than a thousandth of the root mean square.
+
+    Ends that are clipped, or points of a finite set, are met exactly, and would count for more than all others.
+    """
+    return far.clamp(min=1e-3 * far.square().mean().sqrt())
 
 
 def distances(misses: Tensor) -> Tensor:
