@@ -41,7 +41,7 @@ def small_fit(oracle: OracleDenoiser, evaluations: int = 5, n: int = 24, **optio
 @pytest.mark.parametrize("evaluations", [5, 8])
 @pytest.mark.parametrize("toy", ["mixture", "ring-8"])
 def test_a_fit_is_never_worse_than_the_best_candidate_and_gains_on_fresh_starts(toy, evaluations):
-    """On the starts that were held out by construction; on 200 others by a quarter at the least, measured."""
+    """On the starts that were held out by construction; on 200 others by a fifth at the least, measured."""
     oracle = oracle_of(toy, P.linear())
     found = small_fit(oracle, evaluations, n=64)
     assert found.errors.rms * found.errors.typical <= found.candidate_errors.rms * found.candidate_errors.typical
@@ -52,7 +52,7 @@ def test_a_fit_is_never_worse_than_the_best_candidate_and_gains_on_fresh_starts(
     )
     before = fresh.errors(Pair(name, label, FEW[label](oracle.process, steps)))
     after = fresh.errors(Pair(found.sampler, "fitted", found.steps))
-    assert after.typical < 0.75 * before.typical
+    assert after.typical < 0.8 * before.typical
     assert after.rms < before.rms
 
 

@@ -102,7 +102,7 @@ class Starts:
         return self.denoiser.asked - before
 
 
-def bend(starts: Starts, pair: Pair, log_snr_max: float = 12.0, rounds: int = 4) -> Pair:
+def bend(starts: Starts, pair: Pair, log_snr_max: float = 12.0, rounds: int = 3) -> Pair:
     """The pair with times moved so that its ends come closer to those of the reference.
 
     The misses r are linearized in (delta, theta) by differences, and the step is the damped one of least sum w ||r||^2,

@@ -7,6 +7,7 @@ helped. Which grid is best depends on the model more than anything else does: no
 For the reverse chain, a grid of least bound follows from the model's own terms: `respace.best_chain`.
 """
 
+from bisect import bisect_right
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from ancestral.errors import OptionError, unknown
 DETERMINISTIC = tuple(name for name, sampler in SAMPLERS.items() if sampler.order)
 """What follows the ODE on a grid that is given."""
 
-FINE, FINALISTS, BENT = 100, 12, 3
+FINE, FINALISTS, BENT = 100, 12, 6
 """Times of the reference at least, pairs that are tried on all starts, and samplers whose grids are bent."""
 
 
@@ -73,7 +74,7 @@ def fit(
     """The sampler and the times that follow the probability-flow ODE of a model best, for so many evaluations.
 
     A quarter of the starts is held out. Candidates run on an eighth of the others, the best of them on all, and the
-    grids of the three best samplers are bent. Where that does not help the starts that were held out, it is the best
+    grids of the six best samplers are bent. Where that does not help the starts that were held out, it is the best
     candidate that is returned. The result is a function of the arguments.
 
     Args:
@@ -110,13 +111,13 @@ def fit(
     pairs = _pairs(few, samplers, grids or candidates(log_snr_max), evaluations, log_snr_max)
     if not pairs:
         raise OptionError(f"no sampler and grid of these takes at most {evaluations} evaluations: allow more")
-    pairs = sorted(sorted(pairs, key=few.nats)[:FINALISTS], key=seen.nats)
-    best_of_each: dict[str, Pair] = {}
+    pairs.sort(key=few.nats)
+    pairs[:FINALISTS] = sorted(pairs[:FINALISTS], key=seen.nats)
+    first, best_of_each = pairs[0], dict[str, Pair]()
     for pair in pairs:
         best_of_each.setdefault(pair.sampler, pair)
-    bent = [bend(some, pair, log_snr_max) for pair in list(best_of_each.values())[:BENT]]
-    first, last = pairs[0], bend(seen, min(bent, key=seen.nats), log_snr_max, rounds=2)
-    last = min(first, last, key=held.nats)
+    bent = [bend(some, pair, log_snr_max, rounds=2) for pair in list(best_of_each.values())[:BENT]]
+    last = min(first, bend(seen, min(bent, key=seen.nats), log_snr_max, rounds=3), key=held.nats)
 
     asked, named = counted.asked, (first.sampler, first.grid)
     errors, before = held.errors(last), held.errors(first)
@@ -139,9 +140,8 @@ def _pairs(
     """Every sampler on every different grid of as many times as the evaluations allow, none beyond log_snr_max."""
     process, pairs = starts.denoiser.process, list[Pair]()
     for name in samplers:
-        for n in range(evaluations, 0, -1):
-            if starts.asked(Pair(name, "uniform", uniform(process, n))) <= evaluations:
-                distinct = {tuple(grid(process, n).tolist()): label for label, grid in grids.items()}
-                pairs += [Pair(name, label, torch.tensor(t, dtype=torch.float64)) for t, label in distinct.items()]
-                break
+        counts = range(1, evaluations + 1)
+        n = bisect_right(counts, evaluations, key=lambda n: starts.asked(Pair(name, "uniform", uniform(process, n))))
+        distinct = {tuple(grid(process, n).tolist()): label for label, grid in grids.items()} if n else {}
+        pairs += [Pair(name, label, torch.tensor(times, dtype=torch.float64)) for times, label in distinct.items()]
     return [pair for pair in pairs if process.log_snr(pair.times[-1]) <= log_snr_max + 1e-6]
