@@ -111,13 +111,13 @@ def fit(
     pairs = _pairs(few, samplers, grids or candidates(log_snr_max), evaluations, log_snr_max)
     if not pairs:
         raise OptionError(f"no sampler and grid of these takes at most {evaluations} evaluations: allow more")
-    pairs.sort(key=few.nats)
-    pairs[:FINALISTS] = sorted(pairs[:FINALISTS], key=seen.nats)
+    pairs.sort(key=few.loss)
+    pairs[:FINALISTS] = sorted(pairs[:FINALISTS], key=seen.loss)
     first, best_of_each = pairs[0], dict[str, Pair]()
     for pair in pairs:
         best_of_each.setdefault(pair.sampler, pair)
     bent = [bend(some, pair, log_snr_max, rounds=2) for pair in list(best_of_each.values())[:BENT]]
-    last = min(first, bend(seen, min(bent, key=seen.nats), log_snr_max, rounds=3), key=held.nats)
+    last = min(first, bend(seen, min(bent, key=seen.loss), log_snr_max, rounds=4), key=held.loss)
 
     asked, named = counted.asked, (first.sampler, first.grid)
     errors, before = held.errors(last), held.errors(first)
