@@ -100,6 +100,20 @@ def test_where_every_grid_is_exact_the_candidate_is_kept():
     assert found.errors == found.candidate_errors
 
 
+def test_one_evaluation_is_fitted_too_by_the_time_it_is_made_at():
+    found = small_fit(oracle_of("mixture", P.linear()), 1)
+    assert len(found.times) == found.evaluations == 1
+    assert 0.5 < found.times[0] <= 1
+
+
+def test_a_pair_that_diverges_is_left_as_it_is():
+    starts = starts_of(oracle_of("mixture", P.linear()), noise(P.linear()))
+    lost = Starts(starts.denoiser, starts.noise, starts.ends * torch.nan)
+    pair = Pair("heun", "uniform", uniform(P.linear(), 4))
+    assert lost.loss(pair) == torch.inf
+    assert bend(lost, pair) is pair
+
+
 def test_errors_tell_starts_in_another_basin_from_the_rest():
     """Of 100 ends, four lie in another basin: they make the root mean square, and not the median."""
     starts = starts_of(oracle_of("ring-8", P.cosine()), noise(P.cosine(), 100))

@@ -149,6 +149,8 @@ def bend(starts: Starts, pair: Pair, log_snr_max: float = 12.0, rounds: int = 3)
         far = distances(misses)
         w = far.clamp(min=1e-3 * far.square().mean().sqrt()) ** -1.5
         H, g = torch.einsum("n,ndp,ndq->pq", w, slopes, slopes), torch.einsum("n,ndp,nd->p", w, slopes, misses)
+        if not H.isfinite().all():
+            break
         for _ in range(4):
             ridge = (damping * H.diagonal() + 1e-9 * H.trace() + 1e-30).diag()
             trial = bends - torch.linalg.solve(H + ridge, g).clamp(-1, 1)
