@@ -1,7 +1,7 @@
 """Identities that follow from the definitions alone, each to rounding in float64.
 
 The numbers are those of a list of 38, which notes how far float64 leaves each from holding. Tests below come first; a
-name like `sample.measured_order` begins that of one in test_sample.py, which proves the same in another form, or alone.
+name like `order.measured_order` begins that of one in test_order.py, which proves the same in another form, or alone.
 
      1  test_the_posterior_mean_is_x_t_without_the_noise_of_its_transition; `process.three_forms_of_the_posterior_mean`
      2  test_a_thousand_transitions_compose_to_the_marginal; `process.transitions_compose_to_the_marginal`
@@ -35,7 +35,7 @@ name like `sample.measured_order` begins that of one in test_sample.py, which pr
     29  test_gaussian_probes_have_twice_the_squared_norm_for_variance; `ode.over_all_sign_vectors`, `ode.one_rademacher`
     30  `flow.the_density_is_exact_up_to_where_the_flow_begins`, `flow.at_the_default_start_nothing_is_left`
     31  `flow.encoding_then_decoding_returns_to_the_start`, `ode.there_and_back_returns_to_the_start`
-    32  `flow.the_latent_of_a_gaussian_is_its_closed_form_map`, `sample.measured_order_is_the_declared_order`
+    32  `flow.the_latent_of_a_gaussian_is_its_closed_form_map`, `order.measured_order_is_at_least`
     33  test_a_decoder_sums_to_one_and_knows_no_left_from_right; `likelihood.the_decoder_is_exact_in_the_tails`
     34  test_nats_move_by_the_logarithm_of_the_unit, test_the_bound_does_not_depend_on_the_order_of_the_pixels;
         `flow.permuting_the_coordinates`

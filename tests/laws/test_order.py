@@ -11,8 +11,9 @@ import torch
 from ancestral import ode, toys
 from ancestral.diffusion import process as P
 from ancestral.diffusion.denoise import Denoiser, OracleDenoiser
+from ancestral.diffusion.grids import karras, uniform
 from ancestral.diffusion.multistep import LIMIT, bounded, moments, weights
-from ancestral.diffusion.sample import SAMPLERS, Point, karras, uniform, walk
+from ancestral.diffusion.sample import SAMPLERS, Point, walk
 from ancestral.errors import OptionError
 from ancestral.rng import randn, stream
 from oracles import COMBINATIONS, exact
@@ -246,7 +247,7 @@ def test_every_sampler_ends_with_the_guess_at_its_last_time(name, schedule):
     kinds = {"unipc": [{}, {"variant": "B1"}], "adaptive": [{"tolerance": 0.1}]}
     for options in kinds.get(name.partition("-")[0], [{}]):
         for n in (1, 2, 5):
-            *_, end = SAMPLERS[name].path(oracle, x, uniform(n), rng=stream(0), **options)
+            *_, end = SAMPLERS[name].path(oracle, x, uniform(process, n), rng=stream(0), **options)
             torch.testing.assert_close(end.x, end.x_0_hat, rtol=0, atol=1e-10)
 
 

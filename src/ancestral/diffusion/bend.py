@@ -4,10 +4,10 @@ Starts are draws of p(x_T), and their ends x_0* what a fine solution of the prob
 lambda the log-SNR of the times, and u even from 0 to 1 over the gaps between them, a grid of any length is bent by
 
     lambda_1 + delta,   (lambda_{i+1} - lambda_i) exp(sum_j theta_j cos(pi j u_i)),   j = 0, ..., 7
-    min over (delta, theta) of  log RMS ||x_0 - x_0*|| + mean log ||x_0 - x_0*||
+    min over (delta, theta) of  mean ||x_0 - x_0*||^(1/2)
 
-The root mean square counts mostly the starts that land in another basin, the geometric mean hardly does; what falls is
-their product.
+The mean square counts mostly the starts that land in another basin, which a few starts know little about; the mean root
+counts them little, and, unlike the mean logarithm, does not count most the starts that happen to end where they should.
 """
 
 import math
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ancestral.diffusion.denoise import Denoiser
+from ancestral.diffusion.grids import LOG_SNR_MAX
 from ancestral.diffusion.process import LOG_SNR_MIN, Time
 from ancestral.diffusion.sample import SAMPLERS
 
@@ -30,7 +31,7 @@ class Errors(NamedTuple):
 
     Attributes:
         rms: root mean square.
-        typical: geometric mean; see `raised`.
+        typical: the square of the mean root, which is made small.
         median: the median.
         astray: share of starts that end more than a quarter of the spread of all ends away, as in another basin.
     """
@@ -89,12 +90,12 @@ class Starts:
         """How far from the ends of the reference the pair ends."""
         far, spread = distances(self.misses(pair)), distances((self.ends - self.ends.mean(0)).double().flatten(1))
         astray = far > spread.square().mean().sqrt() / 4
-        means = far.square().mean().sqrt(), raised(far).log().mean().exp(), far.median(), astray.double().mean()
+        means = far.square().mean().sqrt(), far.sqrt().mean().square(), far.median(), astray.double().mean()
         return Errors(*(float(mean) for mean in means))
 
-    def nats(self, pair: Pair) -> float:
-        """log RMS ||x_0 - x_0*|| + mean log ||x_0 - x_0*||, which is made small."""
-        return nats(self.misses(pair))
+    def loss(self, pair: Pair) -> float:
+        """mean ||x_0 - x_0*||^(1/2)."""
+        return loss(self.misses(pair))
 
     def asked(self, pair: Pair) -> int:
         """Evaluations of the network for one example."""
@@ -102,11 +103,11 @@ class Starts:
         return self.denoiser.asked - before
 
 
-def bend(starts: Starts, pair: Pair, log_snr_max: float = 12.0, rounds: int = 3) -> Pair:
+def bend(starts: Starts, pair: Pair, log_snr_max: float = LOG_SNR_MAX, rounds: int = 3) -> Pair:
     """The pair with times moved so that its ends come closer to those of the reference.
 
     The misses r are linearized in (delta, theta) by differences, and the step is the damped one of least sum w ||r||^2,
-    w = 1 / ||r||^2 + 1 / mean ||r||^2, whose gradient is that of the nats.
+    w = ||r||^(-3/2), whose gradient is that of the loss; no r counts as less than a thousandth of their RMS.
 
     Reference: Marquardt (1963), for the damping.
 
@@ -144,38 +145,31 @@ def bend(starts: Starts, pair: Pair, log_snr_max: float = 12.0, rounds: int = 3)
         return Pair(pair.sampler, f"{pair.grid}, bent", times)
 
     for _ in range(rounds):
-        before, nudges = nats(misses), width * torch.eye(len(bends), dtype=torch.float64)
+        before, nudges = loss(misses), width * torch.eye(len(bends), dtype=torch.float64)
         slopes = torch.stack([(starts.misses(moved(bends + nudge)) - misses) / width for nudge in nudges], 2)
-        square = raised(distances(misses)).square()
-        w = 1 / square + 1 / square.mean()
+        far = distances(misses)
+        w = far.clamp(min=1e-3 * far.square().mean().sqrt()) ** -1.5
         H, g = torch.einsum("n,ndp,ndq->pq", w, slopes, slopes), torch.einsum("n,ndp,nd->p", w, slopes, misses)
+        if not H.isfinite().all():
+            break
         for _ in range(4):
             ridge = (damping * H.diagonal() + 1e-9 * H.trace() + 1e-30).diag()
             trial = bends - torch.linalg.solve(H + ridge, g).clamp(-1, 1)
             there = starts.misses(moved(trial))
-            if nats(there) < before:
+            if loss(there) < before:
                 break
             damping *= 5
         else:
             break
         bends, misses, damping = trial, there, damping / 4
-        if nats(there) > before - 0.02:
+        if loss(there) > 0.99 * before:
             break
     return moved(bends) if bends.any() else pair
 
 
-def nats(misses: Tensor) -> float:
-    """log RMS ||x_0 - x_0*|| + mean log ||x_0 - x_0*||."""
-    far = distances(misses)
-    return float(far.square().mean().log() / 2 + raised(far).log().mean())
-
-
-def raised(far: Tensor) -> Tensor:
-    """Distances as the geometric mean counts them: none as nearer than a thousandth of the root mean square.
-
-    Ends that are clipped, or points of a finite set, are met exactly, and would count for more than all others.
-    """
-    return far.clamp(min=1e-3 * far.square().mean().sqrt())
+def loss(misses: Tensor) -> float:
+    """mean ||x_0 - x_0*||^(1/2)."""
+    return float(distances(misses).sqrt().mean())
 
 
 def distances(misses: Tensor) -> Tensor:

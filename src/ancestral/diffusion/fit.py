@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ancestral.diffusion.bend import Counted, Errors, Pair, Starts, bend
 from ancestral.diffusion.denoise import Denoiser
-from ancestral.diffusion.grids import GRIDS, Grid, karras, log_snr, uniform
+from ancestral.diffusion.grids import GRIDS, LOG_SNR_MAX, Grid, karras, log_snr, uniform
 from ancestral.diffusion.sample import SAMPLERS
 from ancestral.errors import OptionError, unknown
 
@@ -69,7 +69,7 @@ def fit(
     *,
     samplers: Collection[str] = DETERMINISTIC,
     grids: Mapping[str, Grid] | None = None,
-    log_snr_max: float = 12.0,
+    log_snr_max: float = LOG_SNR_MAX,
 ) -> Fit:
     """The sampler and the times that follow the probability-flow ODE of a model best, for so many evaluations.
 
@@ -111,20 +111,20 @@ def fit(
     pairs = _pairs(few, samplers, grids or candidates(log_snr_max), evaluations, log_snr_max)
     if not pairs:
         raise OptionError(f"no sampler and grid of these takes at most {evaluations} evaluations: allow more")
-    pairs.sort(key=few.nats)
-    pairs[:FINALISTS] = sorted(pairs[:FINALISTS], key=seen.nats)
+    pairs.sort(key=few.loss)
+    pairs[:FINALISTS] = sorted(pairs[:FINALISTS], key=seen.loss)
     first, best_of_each = pairs[0], dict[str, Pair]()
     for pair in pairs:
         best_of_each.setdefault(pair.sampler, pair)
     bent = [bend(some, pair, log_snr_max, rounds=2) for pair in list(best_of_each.values())[:BENT]]
-    last = min(first, bend(seen, min(bent, key=seen.nats), log_snr_max, rounds=3), key=held.nats)
+    last = min(first, bend(seen, min(bent, key=seen.loss), log_snr_max, rounds=4), key=held.loss)
 
     asked, named = counted.asked, (first.sampler, first.grid)
     errors, before = held.errors(last), held.errors(first)
     return Fit(last.sampler, tuple(last.times.tolist()), held.asked(last), errors, named, before, asked)
 
 
-def candidates(log_snr_max: float = 12.0) -> dict[str, Grid]:
+def candidates(log_snr_max: float = LOG_SNR_MAX) -> dict[str, Grid]:
     """`GRIDS`, and those even in log-SNR and in Karras's variable for more rho, to log_snr_max and to 3/4 of it."""
     grids = dict(GRIDS)
     for end in (log_snr_max, 0.75 * log_snr_max):

@@ -12,7 +12,7 @@ variable of its own:
     "leading"                   t, of a chain: 1 - 1/n + 1/T, ..., 1/T
     "linspace"                  t, of a chain: 1, ..., 1/T
 
-Karras and log-SNR end at log_snr_max = 12 by default, which is the sigma_min of 0.002 of Karras et al. (2022).
+Karras and log-SNR end at log_snr_max = 12 by default, near the sigma_min of 0.002 of Karras et al. (2022).
 """
 
 import math
@@ -26,6 +26,9 @@ from ancestral.errors import OptionError
 
 Grid = Callable[[Process, int], Tensor]
 
+LOG_SNR_MAX = 12.0
+"""Where grids in log-SNR end by default, in nats: sigma / alpha = 0.0025."""
+
 
 def uniform(process: Process, n: int) -> Tensor:
     """n times evenly spaced: 1, (n-1)/n, ..., 1/n; the chain of n steps."""
@@ -37,7 +40,7 @@ def quadratic(process: Process, n: int) -> Tensor:
     return uniform(process, n).square()
 
 
-def log_snr(process: Process, n: int, log_snr_max: float = 12.0) -> Tensor:
+def log_snr(process: Process, n: int, log_snr_max: float = LOG_SNR_MAX) -> Tensor:
     """n times evenly spaced in log-SNR, from the end of the process to log_snr_max: the limit of Karras for rho = inf.
 
     Reference: Lu et al. (2022), DPM-Solver. In sigma / alpha the spacing is exponential.
@@ -46,7 +49,7 @@ def log_snr(process: Process, n: int, log_snr_max: float = 12.0) -> Tensor:
     return _times(process, first + torch.linspace(0, 1, _counted(n), dtype=torch.float64) * (last - first))
 
 
-def karras(process: Process, n: int, rho: float = 7.0, log_snr_max: float = 12.0) -> Tensor:
+def karras(process: Process, n: int, rho: float = 7.0, log_snr_max: float = LOG_SNR_MAX) -> Tensor:
     """n times evenly spaced in (sigma / alpha)^(1/rho), from the end of the process to log_snr_max.
 
     Reference: Karras et al. (2022), eq. 5.

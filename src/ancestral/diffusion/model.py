@@ -12,7 +12,7 @@ from ancestral.diffusion import flow, likelihood
 from ancestral.diffusion import sample as samplers
 from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, Given, NetworkDenoiser, between
 from ancestral.diffusion.fit import Fit, fit
-from ancestral.diffusion.grids import grid
+from ancestral.diffusion.grids import LOG_SNR_MAX, grid
 from ancestral.diffusion.process import CONSTRAINTS, LOG_SNR_MIN, Process
 from ancestral.diffusion.watch import Glimpse, Watched, glimpses
 from ancestral.errors import OptionError, unknown
@@ -379,7 +379,8 @@ class Diffusion(nn.Module):
             3
         """
         x_T = randn((n, *self.facts.shape), streams(rng, n)).to(self.device) * float(self.process.prior_var()) ** 0.5
-        return fit(self.denoiser, x_T, evaluations, log_snr_max=float(self.process.log_snr(self._times[0])))
+        finest = min(LOG_SNR_MAX, float(self.process.log_snr(self._times[0])))
+        return fit(self.denoiser, x_T, evaluations, log_snr_max=finest)
 
     def bound(
         self, x: Tensor, *, rng: Seeds = 0, start: int = 0, denoiser: Denoiser | None = None, **options: Any

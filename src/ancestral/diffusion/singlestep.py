@@ -61,13 +61,11 @@ def ddim_step(
     """
     if not 0 <= eta <= 1:
         raise OptionError(f"DDIM's eta is the share of fresh noise and lies in [0, 1], received {eta}")
-    fresh = eta**2 * denoiser.process.gain(s, t)
-    x_0_hat = denoiser(x, t)
-    eps_hat = x.sub(x_0_hat, alpha=t.alpha) / t.sigma
-    x = (s.alpha * x_0_hat).add(eps_hat, alpha=s.sigma * (1 - fresh) ** 0.5)
+    fresh = eta**2 * denoiser.process.gain(s, t) if eta else 0.0
+    x = _moved(x, t, s.alpha, s.sigma * (1 - fresh) ** 0.5, denoiser(x, t))
     if eta == 0 or s.sigma == 0:
         return x, memory
-    return x.add(drawn(x, rng, f"DDIM with eta = {eta}"), alpha=s.sigma * fresh**0.5), memory
+    return x.add_(drawn(x, rng, f"DDIM with eta = {eta}"), alpha=s.sigma * fresh**0.5), memory
 
 
 def euler_step(
@@ -78,7 +76,7 @@ def euler_step(
     With churn, from more noise than x_t has: see `heun_step`.
     """
     x, t = _churned(denoiser.process, x, t, churn, rng)
-    return _along(x, t, s, *slopes(denoiser, x, t)), memory
+    return _moved(x, t, s.alpha, s.sigma, denoiser(x, t)), memory
 
 
 def heun_step(
@@ -262,6 +260,12 @@ def annealed_langevin_step(
     if s.sigma == 0:
         return denoiser(x, t), chains
     return math.hypot(s.alpha, s.sigma) / math.hypot(t.alpha, t.sigma) * x, chains
+
+
+def _moved(x: Tensor, t: Instant, alpha: float, sigma: float, x_0_hat: Tensor) -> Tensor:
+    """alpha x_0_hat + sigma eps_hat, of eps_hat = (x_t - alpha_t x_0_hat) / sigma_t: two operations on x."""
+    scale = sigma / t.sigma
+    return (x * scale).add_(x_0_hat, alpha=alpha - scale * t.alpha)
 
 
 def _along(x: Tensor, t: Instant, s: Instant, x_0_hat: Tensor, eps_hat: Tensor) -> Tensor:
