@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
 from ancestral.apps.cli import app
-from ancestral.diffusion import denoise, sample
+from ancestral.diffusion import denoise, sample, singlestep
 from ancestral.diffusion import process as P
 from ancestral.diffusion.denoise import ROWS
 from ancestral.diffusion.flow import flow_likelihood
@@ -136,12 +136,12 @@ def hot_langevin_step(denoiser, x, t, s, memory, *, rng):
 
 
 def nan_step(denoiser, x, t, s, memory, *, rng=None):
-    x_s, _ = sample.euler_step(denoiser, x, t, s, memory)
+    x_s, _ = singlestep.euler_step(denoiser, x, t, s, memory)
     return x_s / (x_s[:, :1] > -1e9) * torch.where(x_s > 1.0, torch.nan, 1.0), memory
 
 
 def flat_step(denoiser, x, t, s, memory, *, rng=None):
-    return sample.euler_step(denoiser, x, t, s, memory)[0].flatten(), memory
+    return singlestep.euler_step(denoiser, x, t, s, memory)[0].flatten(), memory
 
 
 def global_step(denoiser, x, t, s, memory, *, rng):
@@ -150,7 +150,7 @@ def global_step(denoiser, x, t, s, memory, *, rng):
 
 
 def sloppy_step(denoiser, x, t, s, memory, *, rng=None):
-    return sample.euler_step(denoiser, x, t, s, memory)[0] + 0.01 * (s.sigma == 0), memory
+    return singlestep.euler_step(denoiser, x, t, s, memory)[0] + 0.01 * (s.sigma == 0), memory
 
 
 def raising_step(denoiser, x, t, s, memory, *, rng=None):
@@ -160,7 +160,7 @@ def raising_step(denoiser, x, t, s, memory, *, rng=None):
 @pytest.mark.parametrize(
     ("step", "claimed", "reason"),
     [
-        (sample.euler_step, 2, r"declares order 2 and has 0\.99"),
+        (singlestep.euler_step, 2, r"declares order 2 and has 0\.99"),
         (half_weight_step, 2, r"declares order 2 and has 0\.99"),
         (even_steps_only, 2, r"declares order 2 and has [01]\.\d"),
         (nan_step, 1, "not finite"),

@@ -64,7 +64,8 @@ from ancestral.diffusion import process as P
 from ancestral.diffusion.denoise import ROWS, VARIANCES, Denoiser, NetworkDenoiser, OracleDenoiser
 from ancestral.diffusion.grids import karras, uniform
 from ancestral.diffusion.model import Diffusion
-from ancestral.diffusion.sample import SAMPLERS, ancestral_step, ddim_step, euler_step
+from ancestral.diffusion.sample import SAMPLERS
+from ancestral.diffusion.singlestep import ancestral_step, ddim_step, euler_step
 from ancestral.ode import divergence_hutchinson
 from ancestral.rng import rand, randn, randn_like, stream
 from oracles import COMBINATIONS, ExactNetwork, FiniteSet, exact, plain_facts, two_point

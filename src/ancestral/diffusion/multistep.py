@@ -45,6 +45,8 @@ far below. Where one is long, or much longer than those before it, the oldest gu
 Known = tuple[tuple[Instant, Tensor], ...]
 """Guesses and when they were made, the newest first."""
 
+Memory = Known | None
+
 
 def moments(kappa: float, n: int) -> list[float]:
     """M_k = int_0^1 v^k e^{kappa v} dv / int_0^1 e^{kappa v} dv for k < n <= 5, to float64 rounding.
@@ -137,7 +139,6 @@ def dpmpp_step(
     Reference: Lu et al. (2022), DPM-Solver++, 2211.01095, algorithm 2; Gonzalez et al. (2023), for tau.
 
     Args:
-        denoiser, x, t, s, memory, rng: of every step; rng only with tau.
         order: how many guesses are kept.
         tau: of fresh noise: 0 is the probability-flow ODE, 1 the reverse of the forward process.
     """
@@ -190,14 +191,7 @@ def sa_solver_step(
 
 
 def deis_step(
-    denoiser: Denoiser,
-    x: Tensor,
-    t: Instant,
-    s: Instant,
-    memory: Known | None,
-    *,
-    rng: Rng | None = None,
-    order: int = 3,
+    denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: Memory, *, rng: Rng | None = None, order: int = 3
 ) -> tuple[Tensor, Known]:
     """Noise prediction with a polynomial in lambda = -log rho, integrated exactly: order 1 is DDIM.
 
@@ -207,14 +201,7 @@ def deis_step(
 
 
 def lms_step(
-    denoiser: Denoiser,
-    x: Tensor,
-    t: Instant,
-    s: Instant,
-    memory: Known | None,
-    *,
-    rng: Rng | None = None,
-    order: int = 4,
+    denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: Memory, *, rng: Rng | None = None, order: int = 4
 ) -> tuple[Tensor, Known]:
     """Noise prediction with a polynomial in rho: Adams and Bashforth's linear multistep method on d(x/alpha)/d rho.
 
@@ -224,14 +211,7 @@ def lms_step(
 
 
 def plms_step(
-    denoiser: Denoiser,
-    x: Tensor,
-    t: Instant,
-    s: Instant,
-    memory: Known | None,
-    *,
-    rng: Rng | None = None,
-    order: int = 4,
+    denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: Memory, *, rng: Rng | None = None, order: int = 4
 ) -> tuple[Tensor, Known]:
     """Pseudo linear multistep: Adams and Bashforth's mean of eps_hat over t, (55, -59, 37, -9) / 24 on even steps.
 
@@ -301,7 +281,7 @@ def _by_noise(
     x: Tensor,
     t: Instant,
     s: Instant,
-    memory: Known | None,
+    memory: Memory,
     order: int,
     place: Callable[[Instant], float],
     rate: int,

@@ -17,28 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ancestral.diffusion import multistep, singlestep
 from ancestral.diffusion.denoise import Denoiser
 from ancestral.diffusion.grids import grid
-from ancestral.diffusion.multistep import (
-    deis_step,
-    dpmpp_step,
-    lms_step,
-    plms_step,
-    sa_solver_step,
-    unipc_step,
-)
-from ancestral.diffusion.singlestep import (
-    adaptive_step,
-    ancestral_step,
-    annealed_langevin_step,
-    ddim_step,
-    dpmpp_2s_step,
-    euler_step,
-    heun_step,
-    midpoint_step,
-    predictor_corrector_step,
-    restart_step,
-)
 from ancestral.errors import OptionError
 from ancestral.rng import Seeds, streams
 
@@ -75,9 +56,9 @@ class Sampler:
     """
 
     step: Step
-    order: int | None
-    stochastic: bool
-    evaluations: int | None
+    order: int | None = None
+    stochastic: bool = False
+    evaluations: int | None = None
 
     def __call__(self, denoiser: Denoiser, x: Tensor, steps: int | Tensor, **options: Any) -> Tensor:
         """The end of the path: examples at t = 0, the shape of x."""
@@ -117,34 +98,34 @@ def walk(step: Step, denoiser: Denoiser, start: Point, times: list[float], **opt
         yield point
 
 
-ancestral = Sampler(ancestral_step, order=None, stochastic=True, evaluations=1)
-ddim = Sampler(ddim_step, order=1, stochastic=False, evaluations=1)
-euler = Sampler(euler_step, order=1, stochastic=False, evaluations=1)
-heun = Sampler(heun_step, order=2, stochastic=False, evaluations=2)
-annealed_langevin = Sampler(annealed_langevin_step, order=None, stochastic=True, evaluations=10)
+ancestral = Sampler(singlestep.ancestral_step, stochastic=True, evaluations=1)
+ddim = Sampler(singlestep.ddim_step, order=1, evaluations=1)
+euler = Sampler(singlestep.euler_step, order=1, evaluations=1)
+heun = Sampler(singlestep.heun_step, order=2, evaluations=2)
+annealed_langevin = Sampler(singlestep.annealed_langevin_step, stochastic=True, evaluations=10)
 
 SAMPLERS = {
     "ancestral": ancestral,
     "ddim": ddim,
     "euler": euler,
     "heun": heun,
-    "midpoint": Sampler(midpoint_step, order=2, stochastic=False, evaluations=2),
-    "dpmpp-2s": Sampler(dpmpp_2s_step, order=2, stochastic=False, evaluations=2),
-    "dpmpp-2m": Sampler(partial(dpmpp_step, order=2), order=2, stochastic=False, evaluations=1),
-    "dpmpp-3m": Sampler(partial(dpmpp_step, order=3), order=3, stochastic=False, evaluations=1),
-    "sde-dpmpp-2m": Sampler(partial(dpmpp_step, order=2, tau=1.0), order=None, stochastic=True, evaluations=1),
-    "sde-dpmpp-3m": Sampler(partial(dpmpp_step, order=3, tau=1.0), order=None, stochastic=True, evaluations=1),
-    "unipc-1": Sampler(partial(unipc_step, order=1), order=2, stochastic=False, evaluations=1),
-    "unipc-2": Sampler(partial(unipc_step, order=2), order=3, stochastic=False, evaluations=1),
-    "unipc-3": Sampler(partial(unipc_step, order=3), order=3, stochastic=False, evaluations=1),
-    "deis-2": Sampler(partial(deis_step, order=2), order=2, stochastic=False, evaluations=1),
-    "deis-3": Sampler(partial(deis_step, order=3), order=3, stochastic=False, evaluations=1),
-    "lms": Sampler(lms_step, order=3, stochastic=False, evaluations=1),
-    "plms": Sampler(plms_step, order=2, stochastic=False, evaluations=1),
-    "sa-solver": Sampler(sa_solver_step, order=None, stochastic=True, evaluations=1),
-    "adaptive": Sampler(adaptive_step, order=None, stochastic=False, evaluations=None),
-    "predictor-corrector": Sampler(predictor_corrector_step, order=None, stochastic=True, evaluations=2),
+    "midpoint": Sampler(singlestep.midpoint_step, order=2, evaluations=2),
+    "dpmpp-2s": Sampler(singlestep.dpmpp_2s_step, order=2, evaluations=2),
+    "dpmpp-2m": Sampler(partial(multistep.dpmpp_step, order=2), order=2, evaluations=1),
+    "dpmpp-3m": Sampler(partial(multistep.dpmpp_step, order=3), order=3, evaluations=1),
+    "sde-dpmpp-2m": Sampler(partial(multistep.dpmpp_step, order=2, tau=1.0), stochastic=True, evaluations=1),
+    "sde-dpmpp-3m": Sampler(partial(multistep.dpmpp_step, order=3, tau=1.0), stochastic=True, evaluations=1),
+    "unipc-1": Sampler(partial(multistep.unipc_step, order=1), order=2, evaluations=1),
+    "unipc-2": Sampler(partial(multistep.unipc_step, order=2), order=3, evaluations=1),
+    "unipc-3": Sampler(partial(multistep.unipc_step, order=3), order=3, evaluations=1),
+    "deis-2": Sampler(partial(multistep.deis_step, order=2), order=2, evaluations=1),
+    "deis-3": Sampler(partial(multistep.deis_step, order=3), order=3, evaluations=1),
+    "lms": Sampler(multistep.lms_step, order=3, evaluations=1),
+    "plms": Sampler(multistep.plms_step, order=2, evaluations=1),
+    "sa-solver": Sampler(multistep.sa_solver_step, stochastic=True, evaluations=1),
+    "adaptive": Sampler(singlestep.adaptive_step),
+    "predictor-corrector": Sampler(singlestep.predictor_corrector_step, stochastic=True, evaluations=2),
     "annealed-langevin": annealed_langevin,
-    "restart": Sampler(restart_step, order=None, stochastic=True, evaluations=None),
+    "restart": Sampler(singlestep.restart_step, stochastic=True),
 }
 """Every sampler by its name, with its published constants where options give no other."""

@@ -144,7 +144,6 @@ def adaptive_step(
     Reference: Song et al. (2021, 2011.13456), appendix D.2; the equation is that of `flow.slope`.
 
     Args:
-        denoiser, x, t, s, memory, rng: of every step.
         tolerance: of the error of one of its steps, relative to a coordinate and in units of unit variance.
     """
     start, stop = max(t.log_snr, LOG_SNR_MIN), min(s.log_snr, -LOG_SNR_MIN)
@@ -207,7 +206,6 @@ def restart_step(
     Reference: Xu et al. (2023), Restart sampling, 2306.14878, algorithm 2.
 
     Args:
-        denoiser, x, t, s, memory, rng: of every step.
         restarts: how often the interval is repeated, K.
         inner: steps of each repetition.
         between: log-SNR where the interval begins and ends, nats.
