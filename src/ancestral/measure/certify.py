@@ -164,7 +164,7 @@ def _law_rows(
 ) -> list[LawRow]:
     """What is asked for on all laws, the first name standing for what is not; or, if thorough, the whole product.
 
-    Where nothing is asked for, every sampler on the first grid, and one sampler on every grid and on three processes.
+    Where nothing is asked for, every sampler on two laws and the first grid, and one sampler on every grid and process.
     """
     schedules = what.names["SCHEDULES"] if "SCHEDULES" in what.named else ["cosine", "edm", "straight"]
     samplers, grids = what.names["SAMPLERS"], what.names["GRIDS"]
@@ -175,7 +175,7 @@ def _law_rows(
         on = grids if "GRIDS" in what.named else grids[:1]
         jobs = list(product(some, on, schedules if "SCHEDULES" in what.named else schedules[:1], oracles))
     else:
-        jobs = list(product(samplers, grids[:1], schedules[:1], oracles))
+        jobs = [(s, grids[0], schedules[0], o) for i, s in enumerate(samplers) for o in _spread([*oracles], 2, i)]
         jobs += [(_one(what), grid, schedules[0], "mixture") for grid in grids[1:]]
         jobs += [(_one(what), grids[0], schedule, "mixture") for schedule in schedules[1:]]
     rows = []
