@@ -174,3 +174,12 @@ def test_a_learned_schedule_without_the_costs_of_its_ends_is_refused(changes):
     setup = recipes.change(recipes.choose(facts, "digits_bits"), ["process.schedule=learned", *changes])
     with pytest.raises(OptionError, match="digits_bits"):
         recipes.build(setup, facts)
+
+
+@pytest.mark.parametrize("change", ["process.schedule=learned", "diffusion.variance=learned"])
+def test_what_is_learnt_beside_the_guess_cannot_be_divided_among_processes(change):
+    facts = load("digits").facts
+    changes = [change, "training.shard=true"]
+    changes += ["unet.posterior=false", "unet.variance=true", "diffusion.predicts=v"] if "variance" in change else []
+    with pytest.raises(OptionError, match="leave training.shard=true out"):
+        recipes.build(recipes.change(recipes.choose(facts, "digits_bits"), changes), facts)

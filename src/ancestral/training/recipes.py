@@ -293,6 +293,11 @@ def build(setup: Setup, facts: Facts, seed: int = 0) -> Diffusion:
     )
     if process.zero_terminal:
         forward = processes.zero_terminal(forward)
+    if setup.training.shard and (forward.curve is not None or setup.diffusion.variance == "learned"):
+        raise OptionError(
+            "a network with a learned schedule or variance is asked for more than its output, which one whose weights "
+            "are divided cannot give: leave training.shard=true out"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         section = setup.unet or setup.dit
