@@ -181,5 +181,5 @@ def test_what_is_learnt_beside_the_guess_cannot_be_divided_among_processes(chang
     facts = load("digits").facts
     changes = [change, "training.shard=true"]
     changes += ["unet.posterior=false", "unet.variance=true", "diffusion.predicts=v"] if "variance" in change else []
-    with pytest.raises(OptionError, match="leave training.shard=true out"):
+    with pytest.raises(OptionError, match=r"leave training\.shard=true out"):
         recipes.build(recipes.change(recipes.choose(facts, "digits_bits"), changes), facts)
