@@ -112,9 +112,12 @@ def test_what_is_undefined_is_refused():
         Diffusion(net, P.cosine(), facts).sample(5, rng=[1, 2, 3])
 
 
-@pytest.mark.parametrize(("schedule", "predicts"), COMBINATIONS)
+@pytest.mark.parametrize(("schedule", "predicts"), [each for each in COMBINATIONS if each[0] != "learned"])
 def test_every_schedule_learns_with_every_parameterization_defined_on_it(schedule, predicts):
-    """A few steps on a Gaussian tighten the bound by many standard errors, from the CLI's own settings."""
+    """A few steps on a Gaussian tighten the bound by many standard errors, from the CLI's own settings.
+
+    A schedule that is learnt needs data on levels: it has tests of its own.
+    """
     data = load("gaussian")
     changes = [f"process.schedule={schedule}", f"diffusion.predicts={predicts}", "diffusion.chain=50"]
     changes += ["mlp.width=32", "mlp.depth=1", "training.batch=256", "training.warmup=5", "training.rate=3e-3"]

@@ -64,14 +64,14 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
 
 def test_a_run_killed_at_twenty_random_moments_ends_as_one_that_was_not(tmp_path):
     """SIGKILL, and the same command again: weights, averages, moments, metrics and set-up are equal byte for byte."""
-    arguments = command(tmp_path / "killed", "--steps", "4000", "--checkpoint-every", "150")
+    arguments, began = command(tmp_path / "killed", "--steps", "4000", "--checkpoint-every", "150"), time.monotonic()
     assert ended(launch(*command(tmp_path / "whole", "--steps", "4000", "--checkpoint-every", "150")))[0] == 0
 
-    kills, moments, reached = 0, stream(int(time.time())), set()
+    took, kills, moments, reached = time.monotonic() - began, 0, stream(int(time.time())), set()
     while kills < 20:
         process = launch(*arguments)
         try:
-            process.communicate(timeout=float(moments.uniform(1.5, 4.5)))
+            process.communicate(timeout=took * float(moments.uniform(0.3, 0.8)))
             shutil.rmtree(tmp_path / "killed")  # it ended before it could be killed twenty times: once more
         except subprocess.TimeoutExpired:
             process.kill()

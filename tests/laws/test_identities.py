@@ -690,7 +690,7 @@ def test_a_decoder_sums_to_one_and_knows_no_left_from_right(decoder, levels):
                 close(p, mirrored, rtol=1e-12, atol=1e-12)
 
 
-@each_schedule
+@pytest.mark.parametrize("name", [name for name in P.SCHEDULES if name != "learned"])  # which is for levels
 def test_nats_move_by_the_logarithm_of_the_unit(name):
     """bits/dim of a x + b, less log2 a on average, is that of x: by the bound and by the flow, identity 34."""
     process, facts = P.named(name), plain_facts(2)

@@ -243,12 +243,13 @@ def test_lms_and_plms_are_adams_and_bashforth_on_even_steps():
 def test_every_sampler_ends_with_the_guess_at_its_last_time(name, schedule):
     """From any number of steps, without nan: the end is the guess made at the last time, in B1 of UniPC as in B2."""
     process = P.named(schedule)
-    oracle, x = OracleDenoiser(LAW, process), ends(process)[0]
+    oracle, x, guesses = OracleDenoiser(LAW, process), ends(process)[0], []
+    oracle.register_forward_hook(lambda _module, _inputs, x_0_hat: guesses.append(x_0_hat))
     kinds = {"unipc": [{}, {"variant": "B1"}], "adaptive": [{"tolerance": 0.1}]}
     for options in kinds.get(name.partition("-")[0], [{}]):
         for n in (1, 2, 5):
             *_, end = SAMPLERS[name].path(oracle, x, uniform(process, n), rng=stream(0), **options)
-            torch.testing.assert_close(end.x, end.x_0_hat, rtol=0, atol=1e-10)
+            torch.testing.assert_close(end.x, guesses[-1], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", MULTISTEP)
