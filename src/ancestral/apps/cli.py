@@ -1,20 +1,14 @@
 """The command line. Nothing heavy is imported until a verb runs, so that `--help` answers at once."""
 
 import contextlib
-import errno
-import json
-import os
-import signal
 import sys
-import traceback
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ancestral.errors import AncestralError, OptionError, Refused, RunWarning, unknown
+from ancestral.apps.speech import Sayer, guarded, print_json, say_failure, signals
+from ancestral.errors import OptionError, Refused, unknown
 
 if TYPE_CHECKING:
     from ancestral.apps.progress import Progress
@@ -73,7 +67,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a model on DATA and write a run directory; the same command again goes on where it stopped."""
-    with _guarded(as_json, debug):
+    with guarded(as_json, debug):
         from ancestral.apps import output
         from ancestral.apps.progress import Progress
         from ancestral.training import processes, start
@@ -92,19 +86,19 @@ def train(
             on_bad=None if on_bad is None else "fail" if on_bad == "fail" else "skip",
         )
         argv = ["ancestral", *sys.argv[1:]]
-        with _signals() as asked, processes.join() as group, Progress(quiet=not group.first) as progress:
+        with signals() as asked, processes.join() as group, Progress(quiet=not group.first) as progress:
             if dry_run:
                 about = _given(data, resume, to)
                 planned = start.plan(about, group=group, progress=progress.update, measure=True, **wishes)
                 lines, told = output.plan_told(planned, group)
                 if group.first:
                     for line in lines:
-                        _Sayer(as_json)(line)
+                        Sayer(as_json)(line)
                     if as_json:
-                        _print_json(**told)
+                        print_json(**told)
                 return
             run = start.prepare(data, to=to, resume=resume, argv=argv, group=group, progress=progress.update, **wishes)
-            say = _Sayer(as_json, run, quiet=not group.first)
+            say = Sayer(as_json, run, quiet=not group.first)
             parameters = sum(p.numel() for p in run.model.parameters())
             say(run.data.description)
             say(
@@ -129,7 +123,7 @@ def train(
             say(f"trained in {seconds / 60:.1f} minutes, {speed:,.0f} examples/s")
         say(f"run: {run.path}")
         if as_json:
-            _print_json(
+            print_json(
                 run=str(run.path),
                 steps=run.total,
                 begun_at=run.done,
@@ -164,12 +158,12 @@ def sample(
     debug: Debug = False,
 ) -> None:
     """Draw samples, batch by batch into one .npy, with a PNG; the same command goes on where it was stopped."""
-    with _guarded(as_json, debug):
+    with guarded(as_json, debug):
         from ancestral.apps import sampling
         from ancestral.apps.progress import Progress
         from ancestral.training import checkpoint, processes
 
-        with _signals(), processes.join() as group, Progress(quiet=not group.first) as progress:
+        with signals(), processes.join() as group, Progress(quiet=not group.first) as progress:
             saved = checkpoint.open_run(run, ema)
             saved.model.to(group.device)
             fits = checkpoint.run_of(run) / "fits"
@@ -194,9 +188,9 @@ def sample(
         if not group.first:
             return
         for line in drawn.lines(recipe):
-            _Sayer(as_json)(line)
+            Sayer(as_json)(line)
         if as_json:
-            _print_json(**drawn.record(recipe))
+            print_json(**drawn.record(recipe))
 
 
 @app.command(
@@ -240,7 +234,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure the variational bound on held-out data, term by term, beside two simple densities."""
-    with _guarded(as_json, debug):
+    with guarded(as_json, debug):
         from ancestral.apps import figures, output
         from ancestral.apps.progress import Progress
         from ancestral.measure import evaluate as measuring
@@ -251,7 +245,7 @@ def evaluate(
             raise unknown("--likelihood", likelihood, LIKELIHOODS)
         lengths = _lengths(ema)
         with processes.join() as group, Progress(quiet=not group.first) as progress:
-            say = _Sayer(as_json, quiet=not group.first)
+            say = Sayer(as_json, quiet=not group.first)
 
             def measured(model: "Diffusion", like: measuring.Measured | None = None) -> measuring.Measured:
                 return measuring.evaluate(
@@ -319,7 +313,7 @@ def evaluate(
         for line in output.evaluation_lines(result):
             say(line)
         if as_json:
-            _print_json(**printed)
+            print_json(**printed)
 
 
 @app.command(epilog="Example:  ancestral figures runs/digits-0001")
@@ -331,7 +325,7 @@ def figures(
     debug: Debug = False,
 ) -> None:
     """Draw the derivation: four families, the forward chain, the swiss roll there and back, the terms of the bound."""
-    with _guarded(as_json, debug):
+    with guarded(as_json, debug):
         from ancestral.apps import figures as drawing
         from ancestral.apps import output
         from ancestral.apps.progress import Progress
@@ -343,12 +337,12 @@ def figures(
             data = reload(run, progress.update)
             folder = output.fresh(out or checkpoint.run_of(run), "figures")
             artifacts = drawing.draw_all(saved.model, data, folder, seed=seed, progress=progress.update)
-        say = _Sayer(as_json)
+        say = Sayer(as_json)
         say(f"figures of {saved.path}, seed {seed}")
         for path in artifacts.values():
             say(f"  {path}")
         if as_json:
-            _print_json(seed=seed, artifacts={name: str(path) for name, path in artifacts.items()})
+            print_json(seed=seed, artifacts={name: str(path) for name, path in artifacts.items()})
 
 
 @app.command(
@@ -370,7 +364,7 @@ def certify(
     debug: Debug = False,
 ) -> None:
     """Grade samplers, grids, processes and likelihoods against exact laws; exit code 6 if one fails."""
-    with _guarded(as_json, debug):
+    with guarded(as_json, debug):
         from ancestral.apps import certify as told
         from ancestral.apps.progress import Progress
         from ancestral.measure import certify as grading
@@ -388,9 +382,9 @@ def certify(
                 progress=progress.update,
             )
         for line in told.lines(found):
-            _Sayer(as_json)(line)
+            Sayer(as_json)(line)
         if as_json:
-            _print_json(**found.model_dump(mode="json", exclude_none=True))
+            print_json(**found.model_dump(mode="json", exclude_none=True))
     if not found.passed:
         raise typer.Exit(Refused.exit_code)
 
@@ -398,14 +392,14 @@ def certify(
 @app.command(epilog="Example:  ancestral doctor --json")
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Say what this machine has: versions, cores, threads, bfloat16, memory, disk, and how fast it convolves."""
-    with _guarded(as_json, debug):
+    with guarded(as_json, debug):
         from ancestral.apps import doctor as machine
 
         found = machine.doctor()
         for line in machine.lines(found):
-            _Sayer(as_json)(line)
+            Sayer(as_json)(line)
         if as_json:
-            _print_json(**found)
+            print_json(**found)
 
 
 @app.command(epilog="Example:  ancestral presets --size 32 --channels 3")
@@ -416,75 +410,19 @@ def presets(
     debug: Debug = False,
 ) -> None:
     """Print every preset network with its parameters, FLOPs, memory, and its speed on this machine."""
-    with _guarded(as_json, debug):
+    with guarded(as_json, debug):
         from ancestral.apps import doctor as machine
         from ancestral.apps.progress import Progress
 
         with Progress() as progress:
             table = machine.presets_table(channels, size, progress=progress.update)
         for line in machine.table_lines(table):
-            _Sayer(as_json)(line)
+            Sayer(as_json)(line)
         if as_json:
-            _print_json(size=size, channels=channels, presets=table)
+            print_json(size=size, channels=channels, presets=table)
 
 
-class _Sayer:
-    """Says lines on stdout, or on stderr when stdout is for JSON, and into the log of a run that is being made."""
-
-    def __init__(self, as_json: bool, run: Any = None, quiet: bool = False) -> None:
-        self.stream, self.run, self.quiet = sys.stderr if as_json else sys.stdout, run, quiet
-
-    def __call__(self, line: str) -> None:
-        if self.quiet:
-            return
-        print(line, file=self.stream, flush=True)
-        if self.run is not None:
-            self.run.log(line)
-
-
-@contextlib.contextmanager
-def _guarded(as_json: bool, debug: bool) -> Iterator[None]:
-    """Turns what goes wrong into one sentence on stderr and the exit code that stands for it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", RunWarning)
-            warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)  # noqa: T201
-            yield
-    except KeyboardInterrupt:
-        _fail("stopped; what was saved is whole", 3, as_json)
-    except AncestralError as error:
-        if debug:
-            traceback.print_exc()
-        _fail(" ".join(str(error).split()), error.exit_code, as_json)
-    except OSError as error:
-        if debug:
-            traceback.print_exc()
-        full = error.errno == errno.ENOSPC
-        _fail(f"{error.filename or 'the disk'}: {error.strerror or error}", 4 if full else 2, as_json)
-    except Exception as error:
-        if debug:
-            raise
-        _fail(f"a bug in ancestral: {type(error).__name__}: {error} (--debug shows where)", 1, as_json)
-
-
-def _fail(sentence: str, code: int, as_json: bool) -> None:
-    if code != 1 and os.environ.get("RANK", "0") != "0":
-        raise typer.Exit(code)  # every process says the same: the first one says it
-    raise typer.Exit(_say_failure(sentence, code, as_json))
-
-
-def _say_failure(sentence: str, code: int, as_json: bool) -> int:
-    print(f"ancestral: {sentence}", file=sys.stderr)  # noqa: T201
-    if as_json:
-        _print_json(error=sentence, exit_code=code)
-    return code
-
-
-def _print_json(**record: Any) -> None:
-    print(json.dumps(record))  # noqa: T201
-
-
-def _data_of(run: Path, data: str | None, model: "Diffusion", progress: "Progress", say: "_Sayer") -> "Data":
+def _data_of(run: Path, data: str | None, model: "Diffusion", progress: "Progress", say: "Sayer") -> "Data":
     """The data to measure on: what was named, or what the run was trained on, read again in the same way."""
     from ancestral.data import load
     from ancestral.training.run import reload
@@ -515,7 +453,7 @@ def _lengths(ema: str | None) -> list[float | None]:
         raise OptionError(f"--ema is a length such as 0.05, or several as 0.02,0.05,0.1, received {ema!r}") from None
 
 
-def _warn_of_the_chain(model: "Diffusion", data: "Data", say: "_Sayer") -> None:
+def _warn_of_the_chain(model: "Diffusion", data: "Data", say: "Sayer") -> None:
     """F4 and F5: says when betas do not increase, and when the end of the chain still knows of the data."""
     facts, process = model.facts, model.process
     if process.constraint == "variance-preserving" and not process.chain(model.chain).increasing:
@@ -527,37 +465,6 @@ def _warn_of_the_chain(model: "Diffusion", data: "Data", say: "_Sayer") -> None:
             f"note: the chain ends with {left:.3f} {facts.unit} of the data not forgotten; a schedule that ends in "
             "more noise would forget them"
         )
-
-
-class _Asked:
-    """Whether a signal has asked this process to stop. At first that is at once; when patient, after a step."""
-
-    def __init__(self) -> None:
-        self.once, self.words = False, ""
-
-    def patiently(self, words: str) -> None:
-        """From now on the first signal only asks, and says these words; the second stops at once."""
-        self.words = words
-
-    def __call__(self, number: int, frame: Any) -> None:
-        if self.once or not self.words:
-            raise KeyboardInterrupt
-        self.once = True
-        print(f"\nancestral: {self.words}", file=sys.stderr, flush=True)  # noqa: T201
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Asked]:
-    """Ctrl-C and SIGTERM ask to stop."""
-    asked, numbers = _Asked(), (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, asked)
-    try:
-        yield asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def main() -> None:
@@ -572,7 +479,7 @@ def main() -> None:
         sentence = " ".join(error.format_message().split()).rstrip(".")
         context = getattr(error, "ctx", None)
         shown = f"'{context.command_path if context else 'ancestral'} --help' shows what can be given"
-        code = _say_failure(f"{sentence}; {shown}", 2, "--json" in sys.argv)
+        code = say_failure(f"{sentence}; {shown}", 2, "--json" in sys.argv)
     sys.exit(code)
 
 
