@@ -58,9 +58,8 @@ FITTED = ("euler", "heun", "unipc-2", "unipc-3", "dpmpp-2m", "deis-3")
 
 
 def fitted(process: Process, evaluations: int, law: Any, x_T: Tensor) -> Fit:
-    """The sampler and grid fitted to a law on starts of its own, asking no later than the chain of 1000 steps does."""
-    last, samplers = float(process.log_snr(1 / 1000)), [name for name in FITTED if name in SAMPLERS]
-    return fit(OracleDenoiser(law, process), x_T, evaluations, samplers=samplers, log_snr_max=last)
+    """The sampler and grid fitted to a law on starts of its own."""
+    return fit(OracleDenoiser(law, process), x_T, evaluations, samplers=FITTED)
 
 
 def on_fit(found: Fit, process: Process, *, law: Any, x_T: Tensor) -> tuple[Tensor, float]:
