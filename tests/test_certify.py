@@ -51,9 +51,9 @@ def test_all_that_is_registered_passes_in_short(everything):
     assert [row for row in rows if row["verdict"] != "pass"] == []
     assert (code, record["passed"], record["failures"]) == (0, True, 0)
     assert {row["sampler"] for row in record["samplers"]} == set(SAMPLERS)
-    assert {(row["sampler"], row["oracle"]) for row in record["laws"]} >= {
-        (s, o) for s in SAMPLERS for o in law.ORACLES
-    }
+    met = {name: {row["oracle"] for row in record["laws"] if row["sampler"] == name} for name in SAMPLERS}
+    assert min(len(laws) for laws in met.values()) >= 2
+    assert set().union(*met.values()) == set(law.ORACLES)
     assert {row["grid"] for row in record["laws"]} == set(GRIDS)
     assert {row["likelihood"] for row in record["likelihoods"]} == set(LIKELIHOODS)
     undefined = {("straight", "eps"), ("straight", "score")}
