@@ -368,7 +368,6 @@ def test_a_setting_rescales_any_schedule_to_end_in_pure_noise():
         assert recipes.build(recipes.change(setup, changes), facts).process(1.0)[0] > 0
         rescaled = recipes.build(recipes.change(setup, [*changes, "process.zero_terminal=true"]), facts)
         assert rescaled.process(1.0)[0] == 0
-        assert rescaled.sample(3, steps=2).isfinite().all()
 
 
 @pytest.mark.parametrize("source", ["digits", "bytes"])
