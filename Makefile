@@ -70,7 +70,7 @@ bench-quality: $(INSTALLED) $(PEERS)  ## held-out loss against time beside the p
 bench-scaling: $(INSTALLED)  ## time and memory against side, batch, size of the data and processes, in 3 minutes
 	$(BIN)/python benchmarks/scaling.py
 
-bench-solvers: $(INSTALLED) $(PEERS)  ## error against evaluations beside the peers' solvers, and the time of a step, in 40 minutes
+bench-solvers: $(INSTALLED) $(PEERS)  ## error against evaluations beside the peers' solvers, and the time of a step, in about 40 minutes
 	PYTHONPATH=src .venv-peers/bin/python benchmarks/solvers.py
 
 clean:  ## remove dist/ and caches; runs/ and the environments stay
