@@ -25,7 +25,8 @@ from ancestral.diffusion.denoise import OracleDenoiser
 from ancestral.diffusion.likelihood import mean_and_stderr
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.process import per_example
-from ancestral.measure.evaluate import Measured, evaluate
+from ancestral.measure.evaluate import evaluate
+from ancestral.measure.measured import Measured
 from ancestral.rng import stream
 from ancestral.training import checkpoint
 from ancestral.training.run import reload

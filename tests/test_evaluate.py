@@ -8,7 +8,8 @@ from ancestral.data import load
 from ancestral.diffusion.likelihood import estimate
 from ancestral.errors import OptionError
 from ancestral.measure import flow
-from ancestral.measure.evaluate import evaluate, regressed
+from ancestral.measure.evaluate import evaluate
+from ancestral.measure.measured import regressed
 from ancestral.rng import stream
 from ancestral.training import recipes
 from ancestral.training.loop import State, steps
@@ -53,8 +54,8 @@ def test_what_was_measured_on_all_is_their_plain_mean():
 
 def test_a_tolerance_is_reached_with_no_more_examples_than_it_takes(model, monkeypatch):
     """And every evaluation of the network is counted."""
-    monkeypatch.setattr("ancestral.measure.evaluate.FIRST", 40)
-    monkeypatch.setattr("ancestral.measure.evaluate.BATCH", 20)
+    monkeypatch.setattr("ancestral.measure.chain.FIRST", 40)
+    monkeypatch.setattr("ancestral.measure.chain.BATCH", 20)
     all_of_them = evaluate(model, DIGITS)
     before = model.network.asked
     wanted = 1.5 * all_of_them.likelihood().stderr
@@ -96,7 +97,7 @@ def test_the_limit_of_infinitely_many_steps_is_below_any_chain(model):
     found = {limit: evaluate(model, DIGITS, n=200, limit=limit) for limit in (False, True)}
     coarse, limit = (found[key].likelihood() for key in (False, True))
     assert limit.diffusion < coarse.diffusion
-    assert found[True].evaluation(run="", data="", seed=0, artifacts={}).limit
+    assert found[True].evaluation(run="", family="diffusion", data="", seed=0, artifacts={}).limit
 
 
 def test_the_flow_and_the_bound_are_measured_on_the_same_examples(model):

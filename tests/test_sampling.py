@@ -20,7 +20,7 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
-from ancestral.apps import sampling
+from ancestral.apps import sampling, walking
 from ancestral.apps.cli import app
 from ancestral.data import draw, load
 from ancestral.diffusion.denoise import NetworkDenoiser
@@ -315,7 +315,7 @@ def tiles(picture: Image.Image, rows: int, columns: int) -> np.ndarray:
 def test_the_sheet_has_the_path_in_its_columns_and_ends_with_the_samples(trained, tmp_path, sampler):
     words = ["-n", 10, "--steps", 16, "--sampler", sampler, "--sheet", "--out", tmp_path, "--json"]
     artifacts = json.loads(ancestral("sample", trained, *words).stdout)["artifacts"]
-    model, n = checkpoint.load(trained), sampling.ROWS
+    model, n = checkpoint.load(trained), walking.ROWS
     with Image.open(artifacts["sheet"]) as picture:
         shown = tiles(picture, n, 9)
     assert draw.read_recipe(artifacts["sheet"]) == json.loads(Path(artifacts["recipe"]).read_text())
@@ -346,7 +346,7 @@ def test_the_animation_shows_both_sides_and_ends_with_the_samples(trained, tmp_p
 
 def test_previews_are_the_estimates_of_the_batch_at_work_and_cost_no_evaluation(trained, tmp_path, monkeypatch):
     """With a preview at every step, the picture that is there after a step is the grid of what was seen in it."""
-    monkeypatch.setattr(sampling, "EVERY", 0.0)
+    monkeypatch.setattr(walking, "EVERY", 0.0)
     previews: list[bytes] = []
     write = durable.write
 

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -13,7 +13,8 @@ from ancestral.errors import OptionError, Refused, unknown
 if TYPE_CHECKING:
     from ancestral.apps.progress import Progress
     from ancestral.data import Data
-    from ancestral.diffusion.model import Diffusion
+    from ancestral.training.recipes import Model
+    from ancestral.training.settings import Family
 
 app = typer.Typer(
     name="ancestral",
@@ -31,6 +32,7 @@ Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
 Ema = Annotated[
     float | None, typer.Option(help="Length of the average of the weights, relative to the run, made from snapshots.")
 ]
+FAMILIES = ("diffusion", "vae", "flow", "gan")
 LIKELIHOODS = ("bound", "all-steps", "limit", "ode", "both")
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a checkpoint inside one.")]
 
@@ -50,6 +52,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Number of steps, in place of minutes.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random, recorded; 0 by default.")] = None,
     size: Annotated[int | None, typer.Option(min=4, help="Side to which images are cropped and resized.")] = None,
+    family: Annotated[str | None, typer.Option(help="diffusion (the default), vae, flow or gan.")] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="digits, images, vectors, or for likelihood digits_bits, mnist_bits; by default by shape."),
@@ -74,12 +77,15 @@ def train(
 
         if on_bad not in (None, "skip", "fail"):
             raise unknown("--on-bad", on_bad, ("skip", "fail"))
+        if family not in (None, *FAMILIES):
+            raise unknown("--family", family, FAMILIES)
         every = [] if checkpoint_every is None else [f"training.checkpoint_every={checkpoint_every}"]
         wishes = start.Wishes(
             minutes=minutes,
             steps=steps,
             seed=seed,
             size=size,
+            family=cast("Family | None", family),
             recipe=recipe,
             preset=preset,
             changes=[*(changes or []), *every],
@@ -141,10 +147,13 @@ def train(
 def sample(
     run: RunPath,
     n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Of the sampler; evaluations of one that is fitted.")] = 100,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of the sampler, 100 by default; evaluations of one that is fitted.")
+    ] = None,
     sampler: Annotated[
-        str, typer.Option(help="ancestral, ddim, heun, dpmpp-2m, unipc-2, ...; or 'fitted' to this model.")
-    ] = "ancestral",
+        str | None,
+        typer.Option(help="ancestral (the default), ddim, heun, dpmpp-2m, ...; or 'fitted' to this model."),
+    ] = None,
     grid: Annotated[
         str | None, typer.Option(help="Of times: uniform, log-snr, karras, ...; by default that of the process.")
     ] = None,
@@ -159,16 +168,31 @@ def sample(
 ) -> None:
     """Draw samples, batch by batch into one .npy, with a PNG; the same command goes on where it was stopped."""
     with guarded(as_json, debug):
-        from ancestral.apps import sampling
+        from ancestral.apps import sampling, walking
         from ancestral.apps.progress import Progress
+        from ancestral.diffusion.model import Diffusion
         from ancestral.training import checkpoint, processes
 
         with signals(), processes.join() as group, Progress(quiet=not group.first) as progress:
             saved = checkpoint.open_run(run, ema)
             saved.model.to(group.device)
-            fits = checkpoint.run_of(run) / "fits"
-            step, times, way = sampling.way(saved, sampler, grid, steps, fits, progress=progress.update, group=group)
-            recipe = {"run": str(saved.path), "n": n, **way, "seed": seed}
+            if isinstance(saved.model, Diffusion):
+                way: sampling.Way = walking.way(
+                    saved,
+                    saved.model,
+                    sampler or "ancestral",
+                    grid,
+                    steps or 100,
+                    checkpoint.run_of(run) / "fits",
+                    gif=gif,
+                    sheet=sheet,
+                    progress=progress.update,
+                    group=group,
+                )
+            else:
+                _refuse_a_walk(saved.setup.family, sampler=sampler, steps=steps, grid=grid, gif=gif, sheet=sheet)
+                way = sampling.AtOnce(saved.model)
+            recipe = {"run": str(saved.path), "n": n, **way.recipe, "seed": seed}
             recipe |= {"ema": ema} if ema is not None else {}
             recipe |= {"label": label} if label is not None else {}
             drawn = sampling.draw_samples(
@@ -176,12 +200,9 @@ def sample(
                 out or checkpoint.run_of(run) / "samples",
                 n,
                 recipe,
-                steps=times,
-                sampler=step,
+                way,
                 seed=seed,
                 label=label,
-                gif=gif,
-                sheet=sheet,
                 progress=progress.update,
                 group=group,
             )
@@ -233,87 +254,39 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the variational bound on held-out data, term by term, beside two simple densities."""
+    """Measure the likelihood of held-out data, of a diffusion model term by term, beside two simple densities."""
     with guarded(as_json, debug):
-        from ancestral.apps import figures, output
+        from ancestral.apps import evaluating, output
         from ancestral.apps.progress import Progress
-        from ancestral.measure import evaluate as measuring
-        from ancestral.measure import flow, record
-        from ancestral.training import checkpoint, durable, processes
+        from ancestral.training import checkpoint, processes
 
         if likelihood not in LIKELIHOODS:
             raise unknown("--likelihood", likelihood, LIKELIHOODS)
         lengths = _lengths(ema)
         with processes.join() as group, Progress(quiet=not group.first) as progress:
             say = Sayer(as_json, quiet=not group.first)
-
-            def measured(model: "Diffusion", like: measuring.Measured | None = None) -> measuring.Measured:
-                return measuring.evaluate(
-                    model,
-                    examples,
-                    n=n or (flow.EXAMPLES if likelihood == "ode" else None if tolerance else 2000),
-                    draws=None if likelihood == "all-steps" else measuring.DRAWS,
-                    tolerance=tolerance,
-                    limit=likelihood == "limit",
-                    steps=steps,
-                    variance=variance,
-                    best=best,
-                    like=like,
-                    seed=seed,
-                    progress=progress.update,
-                    group=group,
-                )
-
+            question = evaluating.Question(
+                n=n,
+                likelihood=likelihood,
+                tolerance=tolerance,
+                steps=steps,
+                best=best,
+                variance=variance,
+                seed=seed,
+                progress=progress.update,
+                group=group,
+            )
             opened = [checkpoint.open_run(run, length) for length in lengths]
-            saved, other = opened[0], None if compare is None else checkpoint.open_run(compare)
-            if other and (other.facts.shape, other.facts.levels) != (saved.facts.shape, saved.facts.levels):
-                raise OptionError(
-                    f"{compare}: is for shape {other.facts.shape} with {other.facts.levels} levels, and {run} for "
-                    f"{saved.facts.shape} with {saved.facts.levels}: only runs on data alike are compared"
-                )
-            model = saved.model.to(group.device)
-            examples = _data_of(run, data, model, progress, say)
-            _warn_of_the_chain(model, examples, say)
-            whole, ode, comparison = measured(model), None, None
-            found = [(saved, whole)]
-            found += [(each, measured(each.model.to(group.device), whole)) for each in opened[1:]]
-            if likelihood in ("ode", "both"):
-                ode = flow.follow(model, examples, n=n, seed=seed, progress=progress.update, group=group).likelihood(
-                    whole
-                )
-            if other:
-                theirs = measured(other.model.to(group.device), whole)
-                comparison = record.Comparison(
-                    run=str(other.path), likelihood=theirs.likelihood(), better=whole.over(theirs)
-                )
-        if not group.first:
+            other = None if compare is None else checkpoint.open_run(compare)
+            examples = _data_of(run, data, opened[0].model, progress, say)
+            _warn_of_the_chain(opened[0].model, examples, say)
+            result = evaluating.evaluation(question, opened, other, examples, sweep=ema is not None)
+        if result is None:
             return
-        folder = output.fresh(checkpoint.run_of(run), "evaluation")
-        folder.mkdir(parents=True)
-        artifacts = {"terms": str(folder / "terms.png"), "evaluation": str(folder / "evaluation.json")}
-        recipe = {"run": str(saved.path), "n": len(whole.chosen), "likelihood": likelihood, "seed": seed}
-        figures.save(figures.terms(whole.bound, saved.facts, whole.likelihood()), Path(artifacts["terms"]), recipe)
-        sweep = [
-            record.Averaged(length=each.ema, residual=each.residual, likelihood=one.likelihood())
-            for each, one in found
-            if ema is not None
-        ]
-        result = whole.evaluation(
-            run=str(saved.path),
-            data=examples.facts.name,
-            tolerance=tolerance,
-            seed=seed,
-            artifacts=artifacts,
-            ode=ode,
-            comparison=comparison,
-            ema=sweep or None,
-        )
-        printed = result.model_dump(mode="json", exclude_none=True)
-        durable.write_json(folder / "evaluation.json", printed)
         for line in output.evaluation_lines(result):
             say(line)
         if as_json:
-            print_json(**printed)
+            print_json(**result.model_dump(mode="json", exclude_none=True))
 
 
 @app.command(epilog="Example:  ancestral figures runs/digits-0001")
@@ -422,7 +395,7 @@ def presets(
             print_json(size=size, channels=channels, presets=table)
 
 
-def _data_of(run: Path, data: str | None, model: "Diffusion", progress: "Progress", say: "Sayer") -> "Data":
+def _data_of(run: Path, data: str | None, model: "Model", progress: "Progress", say: "Sayer") -> "Data":
     """The data to measure on: what was named, or what the run was trained on, read again in the same way."""
     from ancestral.data import load
     from ancestral.training.run import reload
@@ -446,6 +419,13 @@ def _given(data: str | None, resume: Path | None, to: Path | None) -> str:
     return data
 
 
+def _refuse_a_walk(family: str, **given: object) -> None:
+    """Refuses options of a walk from noise to data for a model that draws at once."""
+    for name, value in given.items():
+        if value:
+            raise OptionError(f"--{name} is of a walk from noise to data, and a {family} draws at once: leave it out")
+
+
 def _lengths(ema: str | None) -> list[float | None]:
     try:
         return [None] if ema is None else [float(part) for part in ema.split(",")]
@@ -453,8 +433,12 @@ def _lengths(ema: str | None) -> list[float | None]:
         raise OptionError(f"--ema is a length such as 0.05, or several as 0.02,0.05,0.1, received {ema!r}") from None
 
 
-def _warn_of_the_chain(model: "Diffusion", data: "Data", say: "Sayer") -> None:
+def _warn_of_the_chain(model: "Model", data: "Data", say: "Sayer") -> None:
     """F4 and F5: says when betas do not increase, and when the end of the chain still knows of the data."""
+    from ancestral.diffusion.model import Diffusion
+
+    if not isinstance(model, Diffusion):
+        return
     facts, process = model.facts, model.process
     if process.constraint == "variance-preserving" and not process.chain(model.chain).increasing:
         say("note: the betas of this chain do not increase throughout; alpha_bar decreases, which is what is needed")

@@ -39,7 +39,7 @@ from ancestral.diffusion.denoise import reverse
 from ancestral.diffusion.likelihood import Bound, mean_and_stderr
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.process import Process
-from ancestral.measure.evaluate import evaluate
+from ancestral.measure import chain
 from ancestral.measure.record import Likelihood
 from ancestral.rng import randn, stream
 from ancestral.training import checkpoint, loop, recipes
@@ -356,9 +356,9 @@ def terms(bound: Bound, facts: Facts, told: Likelihood | None = None) -> "Figure
         decoder=float(L_0),
     )
     table = (
-        (2.88, "prior", "$L_T$", _short(told.prior), GREY),
-        (2.55, "diffusion", r"$\sum\, L_{t-1}$", _short(told.diffusion), BLUE),
-        (2.22, "decoder", "$L_0$", _short(told.decoder), RED),
+        (2.88, "prior", "$L_T$", _short(told.prior or 0.0), GREY),
+        (2.55, "diffusion", r"$\sum\, L_{t-1}$", _short(told.diffusion or 0.0), BLUE),
+        (2.22, "decoder", "$L_0$", _short(told.decoder or 0.0), RED),
         (1.76, "bound", "", _short(told.value), INK),
         (1.43, "", "", rf"$\pm$ {_short(INTERVAL * told.stderr)}", INK),
     )
@@ -413,7 +413,7 @@ def draw_all(
         FileExistsError: a figure is never overwritten.
     """
     n, every = 200 if len(model.facts.shape) == 3 else 2000, max(1, len(data.held_out) // 500)
-    measured = evaluate(model, data, n=n, seed=seed, progress=progress)
+    measured = chain.measure(model, data, n=n, seed=seed, progress=progress)
     figures: dict[str, Callable[[], Figure]] = {
         "families": families,
         "forward": lambda: forward_chain(model.process, model.facts, data.held_out[::every], seed=seed),

@@ -61,17 +61,20 @@ def evaluation_lines(result: Evaluation) -> list[str]:
         return f"  {label:<24}{value:10.4f}   {difference}"
 
     of = "" if result.n_images == result.n_held_out else f" of {result.n_held_out:,}"
-    chain = f"{'best ' if result.best else ''}chain of {result.chain:,} steps, variance {result.variance}"
-    chain += f", {result.decoder} decoder" if unit == "bits/dim" else ""
-    chain += ", in the limit of infinitely many" if result.limit else ""
     return [
-        f"{result.data}: {result.n_images:,}{of} held-out examples, {unit}, {chain}, seed {result.seed}",
+        f"{result.data}: {result.n_images:,}{of} held-out examples, {unit}, {_model(result)}, seed {result.seed}",
         *(["  (other steps than it was trained for: the bound of another model)"] if result.respaced else []),
-        f"  {'variational bound':<24}{found.value:10.4f} ± {found.stderr:.4f}   {_apart(found)}"
-        f"({result.n_evaluations:,} evaluations, {result.seconds:.0f} s)",
-        f"    {'L_T   prior':<22}{found.prior:10.4f}",
-        f"    {'L_t-1 diffusion':<22}{found.diffusion:10.4f}",
-        f"    {'L_0   decoder':<22}{found.decoder:10.4f}",
+        f"  {NAMES[result.family, result.kind]:<24}{found.value:10.4f} ± {found.stderr:.4f}   {_apart(found)}"
+        f"({_took(result)})",
+        *(
+            f"    {name:<22}{part:10.4f}"
+            for name, part in (
+                ("L_T   prior", found.prior),
+                ("L_t-1 diffusion", found.diffusion),
+                ("L_0   decoder", found.decoder),
+            )
+            if part is not None
+        ),
         *_tolerance_lines(result),
         *_ode_lines(result),
         *_comparison_lines(result),
@@ -84,6 +87,29 @@ def evaluation_lines(result: Evaluation) -> list[str]:
         ),
         *(f"  {path}" for path in result.artifacts.values()),
     ]
+
+
+NAMES = {
+    ("diffusion", "lower bound"): "variational bound",
+    ("vae", "lower bound"): "importance-weighted bound",
+    ("flow", "exact"): "exact likelihood",
+    ("flow", "lower bound"): "dequantized bound",
+}
+"""What the likelihood of a family is called."""
+
+
+def _model(result: Evaluation) -> str:
+    """What is asked for its likelihood."""
+    if result.chain is None:
+        return result.family
+    chain = f"{'best ' if result.best else ''}chain of {result.chain:,} steps, variance {result.variance}"
+    chain += f", {result.decoder} decoder" if result.unit == "bits/dim" else ""
+    return chain + (", in the limit of infinitely many" if result.limit else "")
+
+
+def _took(result: Evaluation) -> str:
+    evaluations = "" if result.n_evaluations is None else f"{result.n_evaluations:,} evaluations, "
+    return f"{evaluations}{result.seconds:.0f} s"
 
 
 def _apart(found: Likelihood) -> str:

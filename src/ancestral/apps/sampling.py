@@ -13,15 +13,14 @@ what is there is all that has to be known in order to go on: whole batches count
 import errno
 import hashlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,24 +31,15 @@ from torch import Tensor
 from ancestral import __version__
 from ancestral.apps.output import fresh
 from ancestral.data import Facts, draw
-from ancestral.diffusion import sample as samplers
-from ancestral.diffusion.fit import Fit
-from ancestral.diffusion.grids import GRIDS
-from ancestral.diffusion.grids import grid as grid_of
-from ancestral.diffusion.model import Diffusion
-from ancestral.diffusion.watch import Glimpse
 from ancestral.errors import NoSpace, OptionError, Stopped, unknown
 from ancestral.training import durable, resources
 from ancestral.training.checkpoint import Saved
 from ancestral.training.processes import ALONE, Processes
+from ancestral.training.recipes import Model
 
 BATCH = 64
 SHOWN, POINTS = 256, 2_000
-FRAMES, COLUMNS, ROWS = 40, 9, 6
-"""Samples in a batch; images and points in a picture, at most; frames of an animation; columns and rows of a sheet."""
-
-EVERY = 2.0
-"""Seconds between previews."""
+"""Samples in a batch; images and points in a picture, at most."""
 
 JOB = "job.json"
 """What a partial directory was asked for."""
@@ -73,7 +63,9 @@ class Drawn:
 
     def lines(self, recipe: Mapping[str, Any]) -> list[str]:
         """What was drawn, as a person reads it."""
-        said = "{n:,} samples by {sampler} in {steps} steps, seed {seed}".format(**recipe)
+        said = "{n:,} samples".format(**recipe)
+        said += " by {sampler} in {steps} steps".format(**recipe) if "sampler" in recipe else ""
+        said += ", seed {seed}".format(**recipe)
         there = f", after {self.begun_at:,} that were there" if self.begun_at else ""
         took = f"{self.seconds:.1f} s, {self.evaluations:,} evaluations{there}"
         return [f"{said}: {took}", *(f"  {path}" for path in self.artifacts.values())]
@@ -178,67 +170,79 @@ def claim(folder: Path, facts: Facts, n: int, recipe: Mapping[str, Any], job: Ma
     return Partial(path, facts, n, recipe, lock)
 
 
-def way(
-    saved: Saved,
-    sampler: str,
-    grid: str | None,
-    steps: int,
-    folder: Path,
-    *,
-    progress: Callable[..., None],
-    group: Processes = ALONE,
-) -> tuple[samplers.Sampler, int | Tensor, dict[str, Any]]:
-    """A sampler, its steps, and what a recipe says of them.
-
-    Args:
-        saved: the checkpoint to draw from.
-        sampler: a key of `samplers.SAMPLERS`; or "fitted", the one that serves this model best, and its times. What is
-            found is kept in the folder, and read again for the same weights and number of evaluations.
-        grid: a key of `GRIDS`; None for the default one.
-        steps: their number, or for "fitted" that of evaluations.
-        folder: for what was found.
-        progress: told (what, done, of).
-        group: the processes that work together, the first of which fits.
-
-    Raises:
-        OptionError: if there is no such sampler or grid, or a fitted one is to have another grid.
-    """
-    if grid is not None and grid not in GRIDS:
-        raise unknown("grid", grid, GRIDS)
-    if sampler == FITTED:
-        if grid is not None:
-            raise OptionError(f"a fitted sampler has times of its own, received --grid {grid}: leave one of them out")
-        found = group.told(_fitted(saved, steps, folder, progress) if group.first else None)
-        assert found is not None
-        times = list(found.times)
-        recipe = {"sampler": found.sampler, "steps": len(times), "times": times}
-        return samplers.SAMPLERS[found.sampler], found.steps, recipe
-    if sampler not in samplers.SAMPLERS:
-        raise unknown("sampler", sampler, (FITTED, *samplers.SAMPLERS))
-    recipe = {"sampler": sampler, "steps": steps} | ({"grid": grid} if grid else {})
-    return samplers.SAMPLERS[sampler], GRIDS[grid](saved.model.process, steps) if grid else steps, recipe
-
-
-def _fitted(saved: Saved, evaluations: int, folder: Path, progress: Callable[..., None]) -> Fit:
-    """What was found for these weights, or is found now."""
-    path = folder / f"{weights(saved)[:12]}-average-{saved.ema:g}-evaluations-{evaluations}.json"
-    try:
-        return Fit(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        progress("fitting a sampler to the model", 0, 1)
-        found = saved.model.fitted(evaluations)
-        folder.mkdir(parents=True, exist_ok=True)
-        durable.write_json(path, asdict(found))
-        return found
-
-
-FITTED = "fitted"
-"""The name of a sampler that is chosen for the model."""
-
-
 def weights(saved: Saved) -> str:
     """A digest of what is drawn from: of the manifest that has those of all files of a checkpoint."""
     return hashlib.sha256((saved.path / durable.MANIFEST).read_bytes()).hexdigest()
+
+
+class Way(Protocol):
+    """A way to draw from a model.
+
+    Attributes:
+        recipe: what the files say of it.
+        pictures: what is drawn of the way itself.
+    """
+
+    recipe: Mapping[str, Any]
+    pictures: Mapping[str, bool]
+
+    def batches(self, share: "Share") -> Iterator[Tensor]:
+        """The share's batches, in the data's units, each computed when it is asked for."""
+        ...
+
+    def evaluations(self) -> int:
+        """Evaluations of the network, for one example each, so far."""
+        ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """The batches that one process draws.
+
+    Attributes:
+        n: samples in all.
+        start: index of the first of its own.
+        every: it draws the first of so many batches, and passes over the others.
+        seed: sample i has the stream (seed, i).
+        labels: class of each sample of the whole set, int64, shape (n,), or None.
+        partial: where the samples go, in the first process.
+        progress: told (what, done, of, note).
+    """
+
+    n: int
+    start: int
+    every: int
+    seed: int
+    labels: Tensor | None
+    partial: Partial | None
+    progress: Callable[..., None]
+
+
+class AtOnce:
+    """The way of a model that draws an example in one pass of its network.
+
+    Args:
+        model: of any family but diffusion.
+        options: of its `sample`, which the files name.
+    """
+
+    def __init__(self, model: Model, **options: Any) -> None:
+        self.model, self.options, self.drawn = model, options, 0
+        self.recipe: Mapping[str, Any] = options
+        self.pictures: Mapping[str, bool] = {}
+
+    def batches(self, share: Share) -> Iterator[Tensor]:
+        """One call of `sample` for each batch."""
+        for first in range(share.start, share.n, BATCH * share.every):
+            size = min(BATCH, share.n - first)
+            labels = None if share.labels is None else share.labels[first : first + size]
+            self.drawn += size
+            yield self.model.sample(size, rng=share.seed, start=first, labels=labels, **self.options)
+            share.progress("sampling", first + size, share.n)
+
+    def evaluations(self) -> int:
+        """As many as samples."""
+        return self.drawn
 
 
 def draw_samples(
@@ -246,13 +250,10 @@ def draw_samples(
     folder: Path,
     n: int,
     recipe: Mapping[str, Any],
+    way: Way,
     *,
-    steps: int | Tensor,
-    sampler: samplers.Sampler,
     seed: int,
     label: str | None = None,
-    gif: bool = False,
-    sheet: bool = False,
     progress: Callable[..., None],
     group: Processes = ALONE,
 ) -> Drawn:
@@ -266,12 +267,9 @@ def draw_samples(
         folder: for the files.
         n: how many.
         recipe: how they are made, which the files carry.
-        steps: of the sampler, or its times.
-        sampler: one of `samplers.SAMPLERS`.
+        way: to draw them.
         seed: sample i has the stream (seed, i).
         label: name of the class to draw from.
-        gif: also animate the first batch.
-        sheet: also draw a contact sheet of the first samples.
         progress: told (what, done, of, note).
         group: the processes that work together.
 
@@ -281,30 +279,19 @@ def draw_samples(
         NoSpace: if the disk is full; what is done is kept.
     """
     model = saved.model
-    labels = None if label is None else torch.tensor([_class_of(label, model.facts)])
-    model.given(labels)  # refused before anything is written
+    labels = None if label is None else torch.tensor([_class_of(label, model)]).expand(n)
     job = {
         "recipe": dict(recipe),
-        "pictures": {"gif": gif, "sheet": sheet},
+        "pictures": dict(way.pictures),
         "weights": weights(saved),
         "batch": BATCH,
         "versions": {"ancestral": __version__, "torch": torch.__version__},
     }
     partial = claim(folder, model.facts, n, recipe, job) if group.first else None
     done = begun_at = group.told(partial.begin() if partial else 0)
-    start, artifacts = done + BATCH * group.rank, {}
-    began, before = time.perf_counter(), model.network.asked
-    batches = model.sample_batches(
-        n - start,
-        batch=BATCH,
-        steps=steps,
-        sampler=sampler,
-        rng=seed,
-        start=start,
-        every=group.count,
-        labels=None if labels is None else labels.expand(max(0, n - start)),
-        watch=_Watch(model, partial, n, steps, gif=gif, sheet=sheet, progress=progress),
-    )
+    share = Share(n, done + BATCH * group.rank, group.count, seed, labels, partial, progress)
+    batches, artifacts = way.batches(share), {}
+    began, before = time.perf_counter(), way.evaluations()
     with _stopping_well(folder, partial, n):
         while done < n:
             for x in group.gathered(next(batches, None)):
@@ -313,7 +300,7 @@ def draw_samples(
                 done += 0 if x is None else len(x)
         if partial:
             artifacts = partial.finish()
-    evaluations = sum(group.gathered(model.network.asked - before))
+    evaluations = sum(group.gathered(way.evaluations() - before))
     return Drawn(artifacts, begun_at, evaluations, time.perf_counter() - began)
 
 
@@ -344,67 +331,6 @@ def _stopping_well(folder: Path, partial: Partial | None, n: int) -> Iterator[No
             partial.lock.release()
 
 
-class _Watch:
-    """Told of every glimpse: says the progress, renews the preview, and draws how the first batch came about."""
-
-    def __init__(
-        self,
-        model: Diffusion,
-        partial: Partial | None,
-        n: int,
-        steps: int | Tensor,
-        *,
-        gif: bool,
-        sheet: bool,
-        progress: Callable[..., None],
-    ) -> None:
-        self.model, self.partial, self.n, self.progress = model, partial, n, progress
-        self.last, facts = len(grid_of(model.process, steps)), model.facts
-        self.fit = max(2, draw.WIDTH // facts.shape[-1]) ** 2 if facts.is_image else BATCH  # in a picture on the way
-        self.frames = _evenly(self.last, FRAMES) if gif else set()
-        self.columns = _evenly(self.last, COLUMNS - 1) if sheet else set()
-        self.first, self.step, self.previewed, self.note = -1, 0, time.monotonic(), ""
-        self.animation: list[Image.Image] = []
-        self.moments: list[tuple[Tensor, Tensor]] = []
-
-    def __call__(self, first: int, glimpse: Glimpse) -> None:
-        self.first, self.step = first, self.step + 1 if first == self.first else 0
-        self.progress("sampling", first * self.last + len(glimpse.x_t) * self.step, self.n * self.last, note=self.note)
-        if self.partial is None:
-            return
-        if time.monotonic() - self.previewed >= EVERY:
-            _, x_0_hat = self._raw(glimpse, self.fit)
-            path = self.partial.picture(draw.grid(self.model.facts, x_0_hat), "preview.png")
-            self.previewed, self.note = time.monotonic(), f"(see {path})"
-        if first == 0:
-            self._draw(glimpse, self.partial)
-
-    def _draw(self, glimpse: Glimpse, partial: Partial) -> None:
-        facts = self.model.facts
-        if self.step in self.frames:
-            self.animation.append(draw.beside(facts, *self._raw(glimpse, self.fit)))
-        if self.step in self.columns:
-            self.moments.append(self._raw(glimpse, ROWS if facts.is_image else BATCH))
-        if self.step == self.last and self.moments:
-            partial.picture(draw.sheet(facts, self.moments), partial.named("-sheet.png").name)
-        if self.step == self.last and self.animation:
-            (image, *rest), buffer = self.animation, BytesIO()
-            times, comment = [80] * len(rest) + [1500], json.dumps(partial.recipe).encode()
-            image.save(buffer, "GIF", save_all=True, append_images=rest, duration=times, loop=0, comment=comment)
-            durable.write(partial.named(".gif"), buffer.getvalue())
-
-    def _raw(self, glimpse: Glimpse, many: int) -> tuple[Tensor, Tensor]:
-        """x_t / sqrt(alpha_t^2 + sigma_t^2), which has the spread of data at every time, and x_0_hat, in data units."""
-        spread = math.hypot(*map(float, self.model.process(glimpse.t)))
-        x_t, x_0_hat = glimpse.x_t[:many].cpu() / spread, glimpse.x_0_hat[:many].cpu()
-        return self.model.facts.to_raw(x_t), self.model.facts.to_raw(x_0_hat)
-
-
-def _evenly(last: int, parts: int) -> set[int]:
-    """Steps 0 to last, or so many of them evenly spaced."""
-    return {round(last * i / parts) for i in range(parts + 1)}
-
-
 def _header(facts: Facts, n: int) -> bytes:
     """What a .npy file of n examples begins with."""
     buffer, kind = BytesIO(), np.lib.format.dtype_to_descr(_dtype(facts))
@@ -420,7 +346,10 @@ def _size(facts: Facts) -> int:
     return facts.dims * _dtype(facts).itemsize
 
 
-def _class_of(label: str, facts: Facts) -> int:
-    if label not in (facts.classes or ()):
-        raise unknown("class", label, facts.classes or ())
-    return (facts.classes or ()).index(label)
+def _class_of(label: str, model: Model) -> int:
+    if not model.conditional:
+        raise OptionError(f"received --label {label}, but this model was not trained with labels: leave it out")
+    classes = model.facts.classes or ()
+    if label not in classes:
+        raise unknown("class", label, classes)
+    return classes.index(label)

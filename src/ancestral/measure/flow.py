@@ -11,7 +11,7 @@ from torch import Tensor
 from ancestral.data import Data, Facts
 from ancestral.diffusion.likelihood import Estimate
 from ancestral.diffusion.model import Diffusion
-from ancestral.measure.evaluate import Measured, shuffled
+from ancestral.measure.measured import Measured, shuffled
 from ancestral.measure.record import Margin, OdeLikelihood
 from ancestral.rng import stream
 from ancestral.training.processes import ALONE, Processes
@@ -46,7 +46,7 @@ class Followed:
             return beside.estimate(nats[:, None], self.chosen[: len(nats)])
 
         common = min(len(self.nats), len(beside.chosen))
-        whole, above = mean(self.nats), mean(beside.bound.nats[:common] - self.nats[:common])
+        whole, above = mean(self.nats), mean(beside.nats[:common] - self.nats[:common])
         return OdeLikelihood(
             value=beside.in_unit(whole.value),
             stderr=beside.in_unit(whole.stderr),
@@ -81,7 +81,7 @@ def follow(
         progress: told (what, done, of).
         group: the processes that divide the batches; each of them returns the whole.
     """
-    began, order, facts = time.perf_counter(), shuffled(model, data, EXAMPLES if n is None else n), model.facts
+    began, order, facts = time.perf_counter(), shuffled(model.facts, data, EXAMPLES if n is None else n), model.facts
     probes = None if facts.dims <= EXACT else PROBES
     parts, starts = {}, range(0, len(order), BATCH)
     for start in starts[group.rank :: group.count]:

@@ -15,20 +15,25 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Likelihood(Record):
-    """The variational bound on the negative log-likelihood, averaged over examples.
+Kind = Literal["exact", "lower bound", "estimate"]
+"""What kind of log-likelihood it is whose negative is told: minus a lower bound is an upper one."""
 
-    `value` is the sum of `prior` (L_T), `diffusion` (the middle terms) and `decoder` (L_0); `stderr` is its standard
-    error over examples and the noise drawn for them: what other examples would change, and what other noise would.
+
+class Likelihood(Record):
+    """The negative log-likelihood, or a bound on it, averaged over examples.
+
+    `stderr` is its standard error over examples and the noise drawn for them: what other examples would change, and
+    what other noise would. The bound of a chain is the sum of `prior` (L_T), `diffusion` (the middle terms) and
+    `decoder` (L_0).
     """
 
     value: float
     stderr: float = Field(ge=0)
     stderr_examples: float | None = Field(None, ge=0)
     stderr_noise: float | None = Field(None, ge=0)
-    prior: float
-    diffusion: float
-    decoder: float
+    prior: float | None = None
+    diffusion: float | None = None
+    decoder: float | None = None
 
 
 class Margin(Record):
@@ -39,7 +44,7 @@ class Margin(Record):
 
 
 class Baselines(Record):
-    """Two simple densities, fitted on the training split, over the examples for which the bound speaks."""
+    """Two simple densities, fitted on the training split, over the examples for which the likelihood speaks."""
 
     independent_pixels: float
     gaussian: float
@@ -85,7 +90,7 @@ class OdeLikelihood(Record):
     prior: float
     divergence: float
     dequantization: float
-    kind: Literal["exact", "estimate", "lower bound"]
+    kind: Kind
     scheme: str | None
     draws: int
     probes: int | None
@@ -98,29 +103,34 @@ class OdeLikelihood(Record):
 class Evaluation(Record):
     """The one object that `ancestral evaluate --json` prints.
 
+    From `estimator` to `respaced` it tells of the chain of a diffusion model, and is silent of other families.
     Exactly one of `bits_per_dim` (data on levels) and `nats` (real values, per example) is there; baselines and
     margins are in the same unit.
     """
 
     run: str
     data: str
+    family: Literal["diffusion", "vae", "flow", "gan"]
     unit: Literal["bits/dim", "nats"]
+    kind: Kind
     bits_per_dim: Likelihood | None = None
     nats: Likelihood | None = None
     baselines: Baselines
     margins: Margins
-    estimator: Literal["all-steps", "importance"]
-    limit: bool = Field(description="whether every term is that of infinitely many steps in its place")
-    chain: int = Field(description="steps T of the chain whose bound this is")
-    variance: str = Field(description="of the reverse chain")
-    decoder: str = Field(description="what turns the last step into probabilities of levels")
-    best: bool = Field(False, description="whether it is the best of all sub-chains of so many steps")
-    respaced: bool = Field(description="whether the model was trained for other steps, so this is another one's bound")
+    estimator: Literal["all-steps", "importance"] | None = None
+    limit: bool | None = Field(None, description="whether every term is that of infinitely many steps in its place")
+    chain: int | None = Field(None, description="steps T of the chain whose bound this is")
+    variance: str | None = Field(None, description="of the reverse chain")
+    decoder: str | None = Field(None, description="what turns the last step into probabilities of levels")
+    best: bool | None = Field(None, description="whether it is the best of all sub-chains of so many steps")
+    respaced: bool | None = Field(
+        None, description="whether the model was trained for other steps, so this is another one's bound"
+    )
     tolerance: float | None = Field(None, description="standard error that was asked for")
     seed: int
     n_images: int = Field(description="held-out examples that were measured")
     n_held_out: int = Field(description="held-out examples for which they speak")
-    n_evaluations: int = Field(description="of the network, over all examples")
+    n_evaluations: int | None = Field(None, description="of a diffusion model's network, over all examples")
     seconds: float
     artifacts: dict[str, str]
     ode: OdeLikelihood | None = Field(None, description="along the probability-flow ODE, if it was asked for")

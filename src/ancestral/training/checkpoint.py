@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ancestral.data import Facts
-from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError, RunError, RunWarning
 from ancestral.training import average, durable, recipes
 from ancestral.training.average import LENGTHS
 from ancestral.training.loop import State, average_key, under
-from ancestral.training.recipes import Setup
+from ancestral.training.recipes import Model
+from ancestral.training.settings import Family, Setup
 
 Tensors = Mapping[str, Tensor]
 
@@ -55,10 +55,15 @@ class Saved:
     step: int
     setup: Setup
     facts: Facts
-    model: Diffusion
+    model: Model
     held_out: float | None
     ema: float
     residual: float = 0.0
+
+    @property
+    def family(self) -> Family:
+        """Of the model."""
+        return self.setup.family
 
 
 def save(path: Path, tensors: Tensors, setup: Setup, facts: Facts, step: int, held_out: float | None = None) -> Path:
@@ -95,7 +100,7 @@ def save_averages(run: Path, tensors: Tensors, step: int) -> Path:
     return durable.write_folder(folder(run, "averages", step), files)
 
 
-def averaged(tensors: Tensors, setup: Setup, facts: Facts) -> Diffusion:
+def averaged(tensors: Tensors, setup: Setup, facts: Facts) -> Model:
     """The model with the averaged weights of a training state."""
     model = recipes.build(setup, facts)
     for name, player in model.players().items():
@@ -103,7 +108,7 @@ def averaged(tensors: Tensors, setup: Setup, facts: Facts) -> Diffusion:
     return model.eval().requires_grad_(False)
 
 
-def load(run: str | Path) -> Diffusion:
+def load(run: str | Path) -> Model:
     """The model of a run: its final weights, or its newest checkpoint when it has not finished; or a checkpoint itself.
 
     What is damaged is passed over for the newest checkpoint that verifies, with a warning; a checkpoint that is named

@@ -44,6 +44,7 @@ class TrainingSection(BaseModel):
     rate: float = Field(2e-3, gt=0)
     warmup: int = Field(100, ge=0)
     weight_decay: float = Field(0.01, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.99), description="decay of the two moments of Adam")
     clip: float = Field(1.0, gt=0)
     shard: bool = Field(False, description="leave each process a share of the weights, their averages and moments")
     flip: bool = Field(False, description="mirror half of the images left to right")
@@ -178,7 +179,11 @@ class _Objective(nn.Module):
 
 def _optimiser(player: Player, section: TrainingSection) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        player.module.parameters(), lr=section.rate, betas=(0.9, 0.99), weight_decay=section.weight_decay, fused=True
+        player.module.parameters(),
+        lr=section.rate,
+        betas=section.betas,
+        weight_decay=section.weight_decay,
+        fused=True,
     )
 
 

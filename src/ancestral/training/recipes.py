@@ -8,10 +8,10 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from ancestral.data import Facts
 from ancestral.diffusion import process as processes
@@ -19,84 +19,21 @@ from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError, unknown
 from ancestral.nets import MLP, DiT, UNet
 from ancestral.training.loop import TrainingSection
+from ancestral.training.settings import (
+    DiffusionSection,
+    DiTSection,
+    Family,
+    MLPSection,
+    ProcessSection,
+    Setup,
+    UNetSection,
+)
+
+Model = Diffusion
+"""A model of any family."""
 
 
-class Section(BaseModel):
-    """A frozen part of a set-up; a keyword it does not have is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ProcessSection(Section):
-    """Which forward process: a schedule by name with constants of its own, or a table of betas in its place.
-
-    Either is rescaled to end in pure noise when it is to be `zero_terminal`.
-    """
-
-    schedule: str = "cosine"
-    options: dict[str, float] = {}
-    betas: tuple[float, ...] | None = None
-    zero_terminal: bool = False
-
-
-class DiffusionSection(Section):
-    """Keywords of `Diffusion`."""
-
-    predicts: str = "v"
-    weighting: str = "bound"
-    variance: str = "fixed-small"
-    decoder: str = "gaussian"
-    chain: int = Field(1000, ge=2)
-
-
-class UNetSection(Section):
-    """Keywords of `UNet`; its channels and levels come from the data, its classes when `labels` are to be learnt."""
-
-    width: int = Field(64, ge=1)
-    multipliers: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 2, 2), min_length=1)
-    blocks: int = Field(2, ge=1)
-    labels: bool = False
-    octaves: int = Field(3, ge=0)
-    posterior: bool = False
-    variance: bool = False
-    attention: bool = True
-    precision: str = "auto"
-
-
-class DiTSection(Section):
-    """Keywords of `DiT`; its channels and levels come from the data, its classes when `labels` are to be learnt."""
-
-    width: int = Field(256, ge=4)
-    depth: int = Field(6, ge=1)
-    heads: int = Field(4, ge=1)
-    patch: int = Field(4, ge=1)
-    labels: bool = False
-    octaves: int = Field(3, ge=0)
-    variance: bool = False
-    precision: str = "auto"
-
-
-class MLPSection(Section):
-    """Keywords of `MLP`; its shape comes from the data."""
-
-    width: int = Field(256, ge=1)
-    depth: int = Field(4, ge=1)
-    variance: bool = False
-
-
-class Setup(Section):
-    """A complete, named set-up."""
-
-    recipe: str
-    process: ProcessSection = ProcessSection()
-    diffusion: DiffusionSection = DiffusionSection()
-    unet: UNetSection | None = None
-    dit: DiTSection | None = None
-    mlp: MLPSection | None = None
-    training: TrainingSection = TrainingSection()
-
-
-def diffusion(facts: Facts) -> DiffusionSection:
+def plain(facts: Facts) -> DiffusionSection:
     """beta~ where the data has levels and the posterior is sharp at little noise; beta where it is a density."""
     return DiffusionSection(variance="fixed-small" if facts.levels else "beta")
 
@@ -105,7 +42,7 @@ def digits(facts: Facts) -> Setup:
     """Small images, such as the 8x8 digits: good samples and bits in two minutes on two cores."""
     return Setup(
         recipe="digits",
-        diffusion=diffusion(facts),
+        diffusion=plain(facts),
         unet=UNetSection(width=32, multipliers=(1, 2), blocks=1),
         training=TrainingSection(minutes=2.0, batch=128),
     )
@@ -116,7 +53,7 @@ def images(facts: Facts) -> Setup:
     return Setup(
         recipe="images",
         process=ProcessSection(options={"offset": 0.0}),
-        diffusion=diffusion(facts),
+        diffusion=plain(facts),
         unet=unet("small", facts),
         training=TrainingSection(minutes=10.0, batch=64),
     )
@@ -175,7 +112,7 @@ def vectors(facts: Facts) -> Setup:
     """Vectors and tables of real values."""
     return Setup(
         recipe="vectors",
-        diffusion=diffusion(facts),
+        diffusion=plain(facts),
         mlp=MLPSection(),
         training=TrainingSection(minutes=1.0, batch=512, rate=1e-3),
     )
@@ -208,36 +145,46 @@ PRESETS: dict[str, Callable[[Facts], UNetSection | DiTSection]] = {
 }
 """Networks by name, for images of any shape."""
 
-RECIPES: dict[str, Callable[[Facts], Setup]] = {
+FOR_IMAGES: dict[str, Callable[[Facts], Setup]] = {
     "digits": digits,
     "images": images,
-    "vectors": vectors,
     "digits_bits": digits_bits,
     "mnist_bits": mnist_bits,
     "cifar10_bits": cifar10_bits,
 }
 
+RECIPES: dict[str, Callable[[Facts], Setup]] = {**FOR_IMAGES, "vectors": vectors}
 
-def choose(facts: Facts, name: str | None = None, preset: str | None = None) -> Setup:
-    """The recipe of that name, or the one for data of this shape; with the network of a preset in place of its own.
+
+def choose(facts: Facts, name: str | None = None, preset: str | None = None, family: Family | None = None) -> Setup:
+    """The recipe of that name, or the one for this family and shape; with the network of a preset in place of its own.
 
     Raises:
-        OptionError: if there is no recipe or preset of that name, or it is for images and the data is not.
+        OptionError: if there is no recipe or preset of that name, it is of another family, or for images only.
     """
     picture = len(facts.shape) == 3
+    if name is None and family not in (None, "diffusion"):
+        name = family
     if name is None:
         name = "vectors" if not picture else "digits" if max(facts.shape[1:]) <= 10 else "images"
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
-    if name != "vectors" and not picture:
-        raise OptionError(f"recipe {name!r} is for images, but {facts.name} has shape {facts.shape}: use 'vectors'")
+    if name in FOR_IMAGES and not picture:
+        raise OptionError(f"recipe {name!r} is for images, but {facts.name} has shape {facts.shape}: leave it out")
     setup = RECIPES[name](facts)
-    if preset is None:
-        return setup
+    if family not in (None, setup.family):
+        raise OptionError(f"recipe {name!r} is of the family {setup.family!r}, not {family!r}: leave one of them out")
+    return setup if preset is None else _with_preset(setup, preset, facts)
+
+
+def _with_preset(setup: Setup, preset: str, facts: Facts) -> Setup:
     if preset not in PRESETS:
         raise unknown("preset", preset, PRESETS)
-    if name == "vectors":
-        raise OptionError(f"preset {preset!r} is a network for images, but recipe 'vectors' has an MLP: leave it out")
+    if not (setup.unet or setup.dit):
+        raise OptionError(
+            f"preset {preset!r} is a network for images of a diffusion model, but recipe {setup.recipe!r} has another: "
+            "leave it out"
+        )
     net = PRESETS[preset](facts)
     if isinstance(net, UNetSection) and setup.unet:
         net = net.model_copy(update={"posterior": setup.unet.posterior})
@@ -284,36 +231,47 @@ def read(record: Mapping[str, Any]) -> Setup:
         raise OptionError(f"{name} = {first['input']!r}: {first['msg'].lower()}") from None
 
 
-def build(setup: Setup, facts: Facts, seed: int = 0) -> Diffusion:
+def build(setup: Setup, facts: Facts, seed: int = 0) -> Model:
     """The model of a set-up for data of these facts, initialised from the seed.
 
     Raises:
         OptionError: if a name is unknown, or a combination is undefined.
     """
-    process = setup.process
-    named = process.betas is None
-    forward = (
-        processes.named(process.schedule, **process.options) if named else processes.from_betas(process.betas or ())
-    )
-    if process.zero_terminal:
-        forward = processes.zero_terminal(forward)
-    if setup.training.shard and (forward.curve is not None or setup.diffusion.variance == "learned"):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _diffusion(setup, facts)
+
+
+def _diffusion(setup: Setup, facts: Facts) -> Diffusion:
+    process, diffusion = _process(setup.process or ProcessSection()), setup.diffusion or DiffusionSection()
+    if setup.training.shard and (process.curve is not None or diffusion.variance == "learned"):
         raise OptionError(
             "a network with a learned schedule or variance is asked for more than its output, which one whose weights "
             "are divided cannot give: leave training.shard=true out"
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        section = setup.unet or setup.dit
-        if section is None:
-            net: torch.nn.Module = MLP(facts.shape, **(setup.mlp or MLPSection()).model_dump())
-        else:
-            if section.labels and not facts.classes:
-                raise OptionError(f"the network is to learn labels, but {facts.name} has none: leave out labels=true")
-            classes = len(facts.classes or ()) if section.labels else None
-            kind = UNet if setup.unet else DiT
-            net = kind(facts.shape[0], classes=classes, levels=facts.levels, **section.model_dump(exclude={"labels"}))
-    return Diffusion(net, forward, facts, **setup.diffusion.model_dump())
+    section = setup.unet or setup.dit
+    if section is None:
+        net: torch.nn.Module = MLP(facts.shape, **(setup.mlp or MLPSection()).model_dump())
+    else:
+        classes = len(facts.classes or ()) if _labelled(section.labels, facts) else None
+        kind = UNet if setup.unet else DiT
+        net = kind(facts.shape[0], classes=classes, levels=facts.levels, **section.model_dump(exclude={"labels"}))
+    return Diffusion(net, process, facts, **diffusion.model_dump())
+
+
+def _process(section: ProcessSection) -> processes.Process:
+    if section.betas is None:
+        process = processes.named(section.schedule, **section.options)
+    else:
+        process = processes.from_betas(section.betas)
+    return processes.zero_terminal(process) if section.zero_terminal else process
+
+
+def _labelled(labels: bool, facts: Facts) -> bool:
+    """Whether classes are to be learnt, which the data then has to have."""
+    if labels and not facts.classes:
+        raise OptionError(f"the network is to learn labels, but {facts.name} has none: leave out labels=true")
+    return labels
 
 
 def _parse(value: str) -> Any:

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ancestral.data import Data
-from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError
 from ancestral.protocol import Batch
 from ancestral.rng import Rows
 from ancestral.training.average import LENGTHS
-from ancestral.training.recipes import Setup
+from ancestral.training.recipes import Model
+from ancestral.training.settings import Setup
 
 BASE = 400 * 2**20
 """Bytes of an interpreter with torch that has made its first step."""
@@ -71,10 +71,10 @@ class Cost:
         return checkpoints + training.snapshots * len(LENGTHS) * weights + weights + 2**20
 
 
-def cost(model: Diffusion, setup: Setup, data: Data) -> Cost:
+def cost(model: Model, setup: Setup, data: Data) -> Cost:
     """Count what a model of this set-up takes on this data."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.loss(_batch(model, data, 1))
+        _losses(model, data, 1)
     saved = [_saved_bytes(model, data, n) for n in (2, 4)]
     examples = (data.train, data.held_out)
     return Cost(
@@ -154,13 +154,15 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _batch(model: Diffusion, data: Data, n: int) -> Batch:
+def _losses(model: Model, data: Data, n: int) -> list[Tensor]:
+    """Of every player, on so many examples."""
     chosen = torch.arange(n) % len(data.train)
     labels = None if data.train_labels is None else data.train_labels[chosen].to(model.device)
-    return Batch(data.batch(chosen).to(model.device), Rows((0,), n), labels)
+    batch = Batch(data.batch(chosen).to(model.device), Rows((0,), n), labels)
+    return [player.loss(batch) for player in model.players().values()]
 
 
-def _saved_bytes(model: Diffusion, data: Data, n: int) -> int:
+def _saved_bytes(model: Model, data: Data, n: int) -> int:
     """Bytes that the gradient of a batch keeps, each piece of memory once."""
     pieces: dict[int, tuple[int, Tensor]] = {}
 
@@ -170,5 +172,5 @@ def _saved_bytes(model: Diffusion, data: Data, n: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.loss(_batch(model, data, n))
+        _losses(model, data, n)
     return sum(size for size, _ in pieces.values())

@@ -36,10 +36,19 @@ from ancestral.diffusion.model import Diffusion
 from ancestral.errors import Diverged, NoSpace, RunError, Stopped
 from ancestral.training import average, checkpoint, durable, loop
 from ancestral.training.loop import Record, State
-from ancestral.training.recipes import Setup
+from ancestral.training.recipes import Model
+from ancestral.training.settings import Setup
 
 SHOWN, POINTS = 64, 2000
 """Images in a grid, and points in a scatter."""
+
+CARDS = {
+    "diffusion": ("diffusion model", "Its likelihood is a bound"),
+    "vae": ("variational autoencoder", "Its likelihood is a bound"),
+    "flow": ("normalizing flow", "Its likelihood is exact, but for a bound where values lie on levels"),
+    "gan": ("generative adversarial network", "It has no likelihood"),
+}
+"""What each family is called, and what is to be known of its likelihood."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class Run:
     path: Path
     data: Data
     setup: Setup
-    model: Diffusion
+    model: Model
     state: State
     done: int
     seed: int
@@ -181,11 +190,12 @@ class Run:
             checkpoint.save(path, tensors, self.setup, self.data.facts, step, held_out)
             checkpoint.prune(self.path, self.setup.training.keep)
 
-    def _draw(self, model: Diffusion, step: int) -> None:
+    def _draw(self, model: Model, step: int) -> None:
         """Samples of the averaged weights, from the same seeds every time."""
         facts = self.data.facts
         image = draw.grid(facts, model.sample(SHOWN if facts.is_image else POINTS, rng=0))
-        recipe = {"run": self.path.name, "step": step, "sampler": "ancestral", "steps": 50, "seed": 0}
+        recipe = {"run": self.path.name, "step": step, "seed": 0}
+        recipe |= {"sampler": "ancestral", "steps": 50} if isinstance(model, Diffusion) else {}
         draw.save_png(image, self.path / "samples" / f"step-{step:07d}.png", recipe)
 
     def _rewind(self) -> list[str]:
@@ -242,13 +252,14 @@ class Run:
 
     def _card(self, seconds: float) -> str:
         facts, parameters = self.data.facts, sum(p.numel() for p in self.model.parameters())
+        kind, likelihood = CARDS[self.setup.family]
         return (
-            f"# {self.path.name}\n\nA diffusion model of {self.data.description}.\n\n"
+            f"# {self.path.name}\n\nA {kind} of {self.data.description}.\n\n"
             f"Trained for {self.total:,} steps of {self.setup.training.batch} examples in {seconds / 60:.1f} minutes "
             f"({parameters:,} parameters, recipe `{self.setup.recipe}`, seed {self.seed})"
             + (f" by\n\n    {shlex.join(self.record['argv'])}\n\n" if self.record["argv"] else ".\n\n")
-            + "Load it with `ancestral.load`, measure it with `ancestral evaluate`. Its likelihood is a bound, and "
-            f"only for data like {facts.name}: examples of shape {facts.shape}"
+            + f"Load it with `ancestral.load`, measure it with `ancestral evaluate`. {likelihood}. It is for data like "
+            f"{facts.name} only: examples of shape {facts.shape}"
             + (f" on {facts.levels} levels.\n" if facts.levels else " of real values.\n")
         )
 

@@ -15,14 +15,14 @@ from filelock import FileLock, Timeout
 from ancestral import data as sources
 from ancestral.data import Data, draw
 from ancestral.data.dataset import OnBad, Progress
-from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError, RunError
 from ancestral.training import checkpoint, durable, loop, recipes, resources
 from ancestral.training.loop import State
 from ancestral.training.processes import ALONE, Processes
-from ancestral.training.recipes import Setup
+from ancestral.training.recipes import Model
 from ancestral.training.resources import Cost
 from ancestral.training.run import POINTS, SHOWN, Run
+from ancestral.training.settings import Family, Setup
 
 PACE = (4.0, 30.0)
 """Seconds that measuring the pace may take, at least and at most; between them, 3% of the budget."""
@@ -47,7 +47,7 @@ class Plan:
 
     data: Data
     setup: Setup
-    model: Diffusion
+    model: Model
     seed: int
     seconds_per_step: float | None
     cost: Cost
@@ -62,7 +62,8 @@ class Wishes(TypedDict, total=False):
         steps: number of steps, in place of minutes.
         seed: of initialisation, batches, noise and times; 0 by default.
         size: side to which images are brought.
-        recipe: name of a recipe; by default the one for data of this shape.
+        family: "diffusion" (the default), "vae", "flow" or "gan".
+        recipe: name of a recipe; by default the one of the family for data of this shape.
         preset: name of a network of `recipes.PRESETS`; by default the recipe's own.
         changes: `section.key=value` settings that replace the recipe's.
         on_bad: "skip" files that cannot be read and count them (the default), or "fail".
@@ -72,6 +73,7 @@ class Wishes(TypedDict, total=False):
     steps: int | None
     seed: int | None
     size: int | None
+    family: Family | None
     recipe: str | None
     preset: str | None
     changes: Sequence[str]
@@ -102,7 +104,7 @@ def plan(
     """
     size, on_bad, seed = wishes.get("size"), wishes.get("on_bad") or "skip", _seed(wishes, 0)
     data = _data(source, size, on_bad, progress)
-    setup = _settled(recipes.choose(data.facts, wishes.get("recipe"), wishes.get("preset")), wishes)
+    setup = _settled(_chosen(data, wishes), wishes)
     model = recipes.build(setup, data.facts, seed).to(group.device)
     cost = resources.cost(model, setup, data)  # a set-up that cannot run fails here
     at_a_time = setup.training.batch // (group.count * setup.training.accumulate)
@@ -169,9 +171,9 @@ def prepare(
     size = was["size"] if wishes.get("size") is None else wishes["size"]
     data = _data(was["source"] if source is None else source, size, wishes.get("on_bad") or was["on_bad"], progress)
     if resume is None:
-        wanted, seed = recipes.choose(data.facts, wishes.get("recipe"), wishes.get("preset")), _seed(wishes, 0)
-    elif wishes.get("recipe") or wishes.get("preset"):
-        raise OptionError(f"{path}: a run that goes on has its recipe and preset; leave them out")
+        wanted, seed = _chosen(data, wishes), _seed(wishes, 0)
+    elif wishes.get("family") or wishes.get("recipe") or wishes.get("preset"):
+        raise OptionError(f"{path}: a run that goes on has its family, recipe and preset; leave them out")
     else:
         wanted, seed = begun, _seed(wishes, record["seed"])
     return _go_on(path, data, record, begun, _settled(wanted, wishes), seed, argv, group)
@@ -187,6 +189,10 @@ def train(source: str | Path | Data, *, to: str | Path | None = None, **wishes: 
 
 def _data(source: str | Path | Data, size: int | None, on_bad: OnBad, progress: Progress | None) -> Data:
     return source if isinstance(source, Data) else sources.load(source, size=size, on_bad=on_bad, progress=progress)
+
+
+def _chosen(data: Data, wishes: Wishes) -> Setup:
+    return recipes.choose(data.facts, wishes.get("recipe"), wishes.get("preset"), wishes.get("family"))
 
 
 def _settled(setup: Setup, wishes: Wishes) -> Setup:
@@ -324,7 +330,7 @@ def _ready(
     path: Path,
     data: Data,
     setup: Setup,
-    model: Diffusion,
+    model: Model,
     state: State,
     seed: int,
     record: dict[str, Any],

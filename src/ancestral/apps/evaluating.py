@@ -1,0 +1,144 @@
+"""What `ancestral evaluate` asks of a model, by what its family can answer, and where the answers go."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ancestral.apps import figures, output
+from ancestral.data import Data
+from ancestral.diffusion.model import Diffusion
+from ancestral.errors import OptionError
+from ancestral.measure import chain, flow
+from ancestral.measure.evaluate import evaluate
+from ancestral.measure.measured import Measured
+from ancestral.measure.record import Averaged, Comparison, Evaluation, OdeLikelihood
+from ancestral.training import checkpoint, durable
+from ancestral.training.checkpoint import Saved
+from ancestral.training.processes import Processes
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of each model.
+
+    Attributes:
+        n: held-out examples, at most.
+        likelihood: one of "bound", "all-steps", "limit", "ode" and "both".
+        tolerance: standard error to reach.
+        steps: of the chain, in place of the model's own.
+        best: of all chains of so many steps, the one with the least bound.
+        variance: of the reverse chain.
+        seed: of the noise.
+        progress: told (what, done, of).
+        group: the processes that measure together.
+    """
+
+    n: int | None
+    likelihood: str
+    tolerance: float | None
+    steps: int | None
+    best: bool
+    variance: str | None
+    seed: int
+    progress: Callable[[str, int, int], None]
+    group: Processes
+
+    def asked(self, saved: Saved, examples: Data, like: Measured | None = None) -> Measured:
+        """What the model answers.
+
+        Raises:
+            OptionError: if its family cannot.
+        """
+        model = saved.model.to(self.group.device)
+        several = None if self.tolerance else 2000
+        n = self.n or (flow.EXAMPLES if self.likelihood == "ode" else several)
+        if isinstance(model, Diffusion):
+            return chain.measure(
+                model,
+                examples,
+                n=n,
+                draws=None if self.likelihood == "all-steps" else chain.DRAWS,
+                tolerance=self.tolerance,
+                limit=self.likelihood == "limit",
+                steps=self.steps,
+                variance=self.variance,
+                best=self.best,
+                like=like,
+                seed=self.seed,
+                progress=self.progress,
+                group=self.group,
+            )
+        self._refuse_a_chain(saved)
+        return evaluate(model, examples, n=n, like=like, seed=self.seed, progress=self.progress, group=self.group)
+
+    def ode(self, saved: Saved, examples: Data, beside: Measured) -> OdeLikelihood | None:
+        """The likelihood along the probability-flow ODE, if it is asked for."""
+        if self.likelihood not in ("ode", "both") or not isinstance(saved.model, Diffusion):
+            return None
+        followed = flow.follow(
+            saved.model, examples, n=self.n, seed=self.seed, progress=self.progress, group=self.group
+        )
+        return followed.likelihood(beside)
+
+    def _refuse_a_chain(self, saved: Saved) -> None:
+        given = {
+            f"--likelihood {self.likelihood}": self.likelihood != "bound",
+            "--tolerance": self.tolerance is not None,
+            "--steps": self.steps is not None,
+            "--best": self.best,
+            "--variance": self.variance is not None,
+        }
+        for name in (name for name, is_given in given.items() if is_given):
+            raise OptionError(f"{name} is about the chain of a diffusion model, and {saved.path} is a {saved.family}")
+
+
+def evaluation(
+    question: Question, opened: list[Saved], other: Saved | None, examples: Data, *, sweep: bool
+) -> Evaluation | None:
+    """The record of an evaluation, written with its figure into a fresh folder of the run; by the first process only.
+
+    Args:
+        question: what is asked.
+        opened: the model under one or several averages of its weights.
+        other: another model, asked the same.
+        examples: whose held-out split is measured.
+        sweep: whether the averages are to be told apart.
+
+    Raises:
+        OptionError: if the other model is for other data, or a family cannot answer.
+    """
+    saved = opened[0]
+    if other and (other.facts.shape, other.facts.levels) != (saved.facts.shape, saved.facts.levels):
+        raise OptionError(
+            f"{other.path}: is for shape {other.facts.shape} with {other.facts.levels} levels, and {saved.path} for "
+            f"{saved.facts.shape} with {saved.facts.levels}: only runs on data alike are compared"
+        )
+    whole = question.asked(saved, examples)
+    found = [(saved, whole), *((each, question.asked(each, examples, whole)) for each in opened[1:])]
+    ode, comparison = question.ode(saved, examples, whole), None
+    if other:
+        theirs = question.asked(other, examples, whole)
+        comparison = Comparison(run=str(other.path), likelihood=theirs.likelihood(), better=whole.over(theirs))
+    if not question.group.first:
+        return None
+    folder = output.fresh(checkpoint.run_of(saved.path), "evaluation")
+    folder.mkdir(parents=True)
+    artifacts = {"evaluation": str(folder / "evaluation.json")}
+    if whole.chain:
+        artifacts["terms"] = str(folder / "terms.png")
+        how = {"run": str(saved.path), "n": len(whole.chosen), "likelihood": question.likelihood, "seed": question.seed}
+        figures.save(figures.terms(whole.bound, saved.facts, whole.likelihood()), Path(artifacts["terms"]), how)
+    averages = [Averaged(length=each.ema, residual=each.residual, likelihood=one.likelihood()) for each, one in found]
+    result = whole.evaluation(
+        run=str(saved.path),
+        family=saved.family,
+        data=examples.facts.name,
+        tolerance=question.tolerance,
+        seed=question.seed,
+        artifacts=artifacts,
+        ode=ode,
+        comparison=comparison,
+        ema=averages if sweep else None,
+    )
+    durable.write_json(folder / "evaluation.json", result.model_dump(mode="json", exclude_none=True))
+    return result
