@@ -1,0 +1,124 @@
+"""From data on levels to a density: noise u in the unit cube beside each value, drawn from a law that is known.
+
+    P(x) = int p(y) dy over the bin of x = (2h)^D E_{u ~ q(u|x)}[ p(y) / q(u|x) ],   y = x + h (2u - 1)
+
+with h half of the distance of two levels. Of one draw the logarithm is a lower bound in expectation; of the mean of K
+it is a tighter one, and no K is too many, since it is added up as it comes.
+
+References: Theis et al. (2016); Ho et al. (2019), Flow++, section 3.1, for a learnt q; Burda et al. (2016), for K.
+
+Shapes: B batch, C channels, H height, W width.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from itertools import islice
+from typing import final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ancestral.flow.bijector import Chain, summed
+from ancestral.flow.coupling import Coupling, PatchNet, Shape, masks
+from ancestral.gaussian import LOG_2PI
+from ancestral.rng import Rng, rand, randn
+
+
+class Dequantizer(nn.Module, ABC):
+    """A law q(u|x) on the unit cube."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, context: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+        """u ~ q(u|x), the shape of x, and log q(u|x) of each example in nats, float64."""
+
+
+@final
+class Uniform(Dequantizer):
+    """Every u alike, log q = 0."""
+
+    def forward(self, x: Tensor, context: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+        u = rand(x.shape, rng).to(x)
+        return u, torch.zeros(len(x), dtype=torch.float64, device=x.device)
+
+
+@final
+class Variational(Dequantizer):
+    """u = sigmoid(v), where v is normal noise e through couplings that are told x.
+
+        log q(u|x) = log N(e; 0, I) - log |det dv/de| - sum_i log[u_i (1 - u_i)]
+
+    The couplings act on e and x, as channels of one image, and keep x. The first keeps no e: it is a Gaussian whose
+    mean and scale the network tells from x.
+
+    Args:
+        shape: of an example as an image, (C, H, W).
+        patch: side of a patch.
+        features: of the context.
+        width, depth, heads: of the networks.
+        steps: couplings after the first, at least 0.
+    """
+
+    def __init__(
+        self, shape: Shape, patch: int, features: int, *, width: int, heads: int, depth: int = 1, steps: int = 2
+    ) -> None:
+        super().__init__()
+        (C, H, W), self.shape = shape, shape
+        nothing, everything = (torch.full(shape, kept) for kept in (False, True))
+        self.couplings = Chain(
+            Coupling(
+                PatchNet((2 * C, H, W), patch, features, width=width, depth=depth, heads=heads),
+                torch.cat([kept, everything]),
+            )
+            for kept in (nothing, *islice(masks(shape, patch), steps))
+        )
+
+    def forward(self, x: Tensor, context: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+        e = randn(x.shape, rng).to(x)
+        both = torch.cat([part.reshape(-1, *self.shape) for part in (e, x)], 1)
+        moved, log_det = self.couplings(both, context)
+        v = moved.chunk(2, 1)[0].reshape(x.shape)
+        log_slope = F.logsigmoid(v) + F.logsigmoid(-v)
+        log_q = summed(-0.5 * (e.double().square() + LOG_2PI)) - log_det - summed(log_slope)
+        return v.sigmoid(), log_q
+
+
+class LogMean:
+    """The logarithm of a mean of weights, and its standard error, from log-weights that come one at a time.
+
+        log mean w = logsumexp - log K,   stderr = sqrt( (mean w^2 / (mean w)^2 - 1) / (K - 1) )   to first order
+
+    Example:
+        >>> mean = LogMean()
+        >>> for w in (1.0, 3.0):
+        ...     mean.add(torch.tensor([w]).log())
+        >>> round(float(mean.value.exp()), 6), round(float(mean.stderr), 6)
+        (2.0, 0.5)
+    """
+
+    def __init__(self) -> None:
+        self.n, self.first, self.second = 0, torch.tensor(-math.inf), torch.tensor(-math.inf)
+
+    def add(self, log_w: Tensor) -> None:
+        """Take in one log-weight of each example, shape (B,)."""
+        self.n += 1
+        self.first = torch.logaddexp(self.first.to(log_w), log_w)
+        self.second = torch.logaddexp(self.second.to(log_w), 2 * log_w)
+
+    @property
+    def value(self) -> Tensor:
+        """log mean w, shape (B,)."""
+        return self.first - math.log(self.n)
+
+    @property
+    def stderr(self) -> Tensor | None:
+        """Of `value`, shape (B,); None of one draw."""
+        if self.n < 2:
+            return None
+        ratio = (self.second - math.log(self.n) - 2 * self.value).exp()
+        return ((ratio - 1).clamp(min=0) / (self.n - 1)).sqrt()
+
+
+def width(levels: int, dims: int) -> float:
+    """D log(2h): the log-volume of a bin in the model's units, where the end levels are -1 and 1."""
+    return dims * math.log(2 / (levels - 1))

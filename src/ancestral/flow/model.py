@@ -1,0 +1,335 @@
+"""The normalizing-flow family: exact densities, exact codes, and examples in one pass back."""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from ancestral.data import Facts
+from ancestral.errors import OptionError, unknown
+from ancestral.flow import dequantize
+from ancestral.flow.bijector import Bijector, Chain, Tails, summed
+from ancestral.flow.coupling import Coupling, PatchNet, masks
+from ancestral.flow.dequantize import Dequantizer, LogMean, Uniform, Variational
+from ancestral.flow.spline import Splines
+from ancestral.gaussian import LOG_2PI
+from ancestral.protocol import Batch, Density, Player
+from ancestral.rng import Rng, Seeds, rand, randn, streams
+
+KINDS = ("spline", "coupling")
+DEQUANTIZATIONS = ("uniform", "variational")
+
+FEATURES = 16
+"""Of the vector that stands for a class."""
+
+UNTOLD = 0.1
+"""Share of the training examples whose class the flow is not told."""
+
+DEFAULTS = {
+    "spline": {"transforms": 4, "width": 128, "depth": 2},
+    "coupling": {"transforms": 10, "width": 64, "depth": 1},
+}
+"""What a kind of flow takes where a keyword is None."""
+
+
+@dataclass(frozen=True)
+class Trip:
+    """How far values are from where they were after the way there and back, |y' - y| / max(1, |y|), model's units.
+
+    Attributes:
+        data: f^-1(f(x)) against x: the largest, over all values of all examples.
+        data_most: what 99.9% of them do not exceed.
+        latent: f(f^-1(z)) against z: the largest, for z drawn from the normal law.
+        latent_most: what 99.9% of them do not exceed.
+    """
+
+    data: float
+    data_most: float
+    latent: float
+    latent_most: float
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """The error of the inverse, in the precision the flow runs in and in twice that.
+
+    Example:
+        >>> print(RoundTrip(Trip(2e-6, 1e-6, 3e-6, 1e-6), Trip(2e-15, 1e-15, 3e-15, 1e-15)))
+        round trip: float32 2e-06 (99.9%: 1e-06), latents 3e-06 (1e-06); float64 2e-15 (1e-15), latents 3e-15 (1e-15)
+    """
+
+    float32: Trip
+    float64: Trip
+
+    def __str__(self) -> str:
+        a, b = self.float32, self.float64
+        return (
+            f"round trip: float32 {a.data:.2g} (99.9%: {a.data_most:.2g}), latents {a.latent:.2g} "
+            f"({a.latent_most:.2g}); float64 {b.data:.2g} ({b.data_most:.2g}), latents {b.latent:.2g} "
+            f"({b.latent_most:.2g})"
+        )
+
+
+class Law(nn.Module):
+    """log p(x | context) in the model's units: a bijector to the normal law, and vectors that stand for classes.
+
+    Class number `classes` stands for all classes together. A call without labels is of that.
+    """
+
+    def __init__(self, bijector: Bijector, classes: int, dequantizer: Dequantizer | None) -> None:
+        super().__init__()
+        self.bijector, self.classes, self.dequantizer = bijector, classes, dequantizer
+        self.label = nn.Embedding(classes + 1, FEATURES)
+
+    def context(self, n: int, labels: Tensor | None = None) -> Tensor:
+        """The vectors of n labels, shape (n, FEATURES)."""
+        index = torch.full((n,), self.classes, device=self.label.weight.device) if labels is None else labels
+        return self.label(index)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """log p(x), nats, float64, shape (B,)."""
+        z, log_det = self.bijector(x, context)
+        return summed(-0.5 * (z.double().square() + LOG_2PI)) + log_det
+
+
+@final
+class Flow(nn.Module):
+    """A normalizing flow of data with the given facts.
+
+        log p(x) = log N(f(x); 0, I) + log |det df/dx|
+
+    A flow is of splines, for vectors; or of couplings, for images, see `coupling.Coupling`. Real values pass `Tails`
+    first. Data on levels is dequantized, see `dequantize`.
+
+    Args:
+        facts: of the data: shape, levels, scale, classes.
+        kind: "spline" or "coupling"; by default that of the data: couplings for images.
+        transforms: splines, or couplings, one after the other.
+        width: features of a conditioner.
+        depth: hidden layers of a spline's, transformer blocks of a coupling's.
+        bins: of a spline.
+        patch: side of a patch of couplings; by default about eight of them a side.
+        heads: of a transformer's attention.
+        dequantization: of data on levels, "uniform" or "variational".
+        classes: learn the law of each class too.
+
+    Raises:
+        OptionError: if a name is unknown, a number is out of range, or a combination is undefined.
+
+    Example:
+        >>> from ancestral.data import load
+        >>> data = load("ring-8")
+        >>> flow, x = Flow(data.facts, transforms=2, width=16), data.train[:3]
+        >>> flow.log_prob(x).kind, bool((flow.decode(flow.encode(x)) - x).abs().max() < 1e-4)
+        ('exact', True)
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        *,
+        kind: str | None = None,
+        transforms: int | None = None,
+        width: int | None = None,
+        depth: int | None = None,
+        bins: int = 16,
+        patch: int | None = None,
+        heads: int = 4,
+        dequantization: str = "uniform",
+        classes: bool = False,
+    ) -> None:
+        super().__init__()
+        kind = kind or ("coupling" if facts.is_image and min(facts.shape[1:]) > 1 else "spline")
+        if kind not in KINDS:
+            raise unknown("kind of flow", kind, KINDS)
+        if dequantization not in DEQUANTIZATIONS:
+            raise unknown("dequantization", dequantization, DEQUANTIZATIONS)
+        if kind == "coupling" and len(facts.shape) != 3:
+            raise OptionError(f"couplings are for images, but {facts.name} has shape {facts.shape}: use kind='spline'")
+        if classes and not facts.classes:
+            raise OptionError(f"the flow is to learn classes, but {facts.name} has none: leave out classes=true")
+        transforms, width, depth = (
+            DEFAULTS[kind][name] if given is None else given
+            for name, given in (("transforms", transforms), ("width", width), ("depth", depth))
+        )
+        if min(transforms, width, depth, heads, bins - 1) < 1:
+            raise OptionError(
+                f"received transforms {transforms}, width {width}, depth {depth}, heads {heads} and bins {bins}: each "
+                "is at least 1, and bins at least 2"
+            )
+        self.facts = facts
+        shape = (facts.shape[0], facts.shape[1], facts.shape[2]) if kind == "coupling" else (facts.dims, 1, 1)
+        side = patch or patch_side(shape)
+        blocks: list[Bijector] = [] if facts.levels else [Tails()]
+        if kind == "spline":
+            blocks.append(Splines(facts.dims, FEATURES, transforms=transforms, bins=bins, width=width, depth=depth))
+        else:
+            for keep in islice(masks(shape, side), transforms):
+                net = PatchNet(shape, side, FEATURES, width=width, depth=depth, heads=heads)
+                blocks.append(Coupling(net, keep))
+        dequantizer: Dequantizer | None = None
+        if facts.levels and dequantization == "uniform":
+            dequantizer = Uniform()
+        elif facts.levels:
+            dequantizer = Variational(shape, side, FEATURES, width=width, heads=heads)
+        self.law = Law(Chain(blocks), len(facts.classes or ()) if classes else 0, dequantizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the flow computes. Data and samples in the user's units are on the CPU."""
+        return self.law.label.weight.device
+
+    def players(self) -> Mapping[str, Player]:
+        """The law, with `loss`."""
+        return {"flow": Player(self.law, self.loss)}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """-log p(x) per dimension in nats, of the density in the model's units, or of the bin of x with one draw."""
+        labels = batch.labels if self.law.classes else None
+        if labels is not None:
+            untold = rand((len(labels),), batch.rows).to(labels.device) < UNTOLD
+            labels = torch.where(untold, self.law.classes, labels)
+        log_p = self._log_weight(batch.x, self.law.context(len(batch.x), labels), batch.rows)
+        return -log_p.mean() / self.facts.dims
+
+    def _log_weight(self, x: Tensor, context: Tensor, rng: Rng) -> Tensor:
+        """log p(x) in the model's units; on levels, log p(y) - log q(u|x) + D log(2h) of one draw. Shape (B,)."""
+        if self.facts.levels is None or self.law.dequantizer is None:
+            return self.law(x, context)
+        u, log_q = self.law.dequantizer(x, context, rng)
+        y = x + (2 * u - 1) / (self.facts.levels - 1)
+        return self.law(y, context) - log_q + dequantize.width(self.facts.levels, self.facts.dims)
+
+    @torch.no_grad()
+    def log_prob(
+        self, x: Tensor, *, draws: int = 1, labels: Tensor | None = None, rng: Seeds = 0, start: int = 0
+    ) -> Density:
+        """log p of examples start, start + 1, ... in the user's units, in nats; given their classes, if labels are.
+
+        Of real values, the exact density. On levels, a lower bound on the probability: the logarithm of the mean weight
+        of so many draws, in the memory of one.
+
+        Raises:
+            OptionError: if there is nothing to draw, the labels are not known, or a value is not a number or a level.
+        """
+        if draws < 1 or (self.facts.levels is None and draws > 1):
+            raise OptionError(
+                f"received {draws} draws: data on levels takes 1 or more, real-valued data has nothing to draw"
+            )
+        levels = self.facts.levels
+        if levels is not None and bool(((x != x.round()) | (x < 0) | (x >= levels)).any()):
+            raise OptionError(f"received values that are not levels: {self.facts.name} has 0 to {levels - 1}")
+        x, context, each = self._model_units(x), self._context(len(x), labels), streams(rng, len(x), start=start)
+        if levels is None:
+            return Density((self.law(x, context) + self.facts.scale.log_det(self.facts.shape)).cpu(), "exact")
+        mean = LogMean()
+        for _ in range(draws):
+            mean.add(self._log_weight(x, context, each))
+        return Density(mean.value.cpu(), "lower bound", None if mean.stderr is None else mean.stderr.cpu())
+
+    @torch.no_grad()
+    def sample(self, n: int, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None) -> Tensor:
+        """n examples in the user's units: integer levels, or real values. Example i depends on seed (rng, i) alone.
+
+        A flow that knows classes draws from those of `labels`, int64, shape (n,), or from all of them.
+        """
+        z = randn((n, *self.facts.shape), streams(rng, n, start=start))
+        return self.decode(z, labels=labels)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor, *, labels: Tensor | None = None) -> Tensor:
+        """The latent f(x) of each example, in the shape of the example. Levels are not dequantized first.
+
+        Raises:
+            OptionError: naming the first example that holds no number, or has no latent that is one.
+        """
+        z, _ = self.law.bijector(self._model_units(x), self._context(len(x), labels))
+        return _finite(z, "example", "a latent").cpu()
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, *, labels: Tensor | None = None) -> Tensor:
+        """The example f^-1(z) of each latent, in the user's units; levels are rounded to.
+
+        Raises:
+            OptionError: naming the first latent that holds no number, or has no example that is one.
+        """
+        context = self._context(len(z), labels)
+        x = self.law.bijector.inverse(_finite(z.to(self.law.label.weight), "latent", "a number"), context)
+        return self.facts.to_raw(_finite(x, "latent", "an example").cpu())
+
+    @torch.no_grad()
+    def round_trip(self, x: Tensor, *, labels: Tensor | None = None, rng: Seeds = 0) -> RoundTrip:
+        """How exactly the flow inverts, for examples in the user's units and as many latents from the normal law."""
+        context = self._context(len(x), labels)
+        x = self.facts.scale.forward(x, dtype=torch.float64).to(self.device)
+        z = randn(x.shape, streams(rng, len(x)), dtype=torch.float64).to(self.device)
+        wide = copy.deepcopy(self.law.bijector).double()
+        return RoundTrip(_trip(self.law.bijector, x.float(), z.float(), context), _trip(wide, x, z, context.double()))
+
+    def _model_units(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[1:]) != self.facts.shape:
+            raise OptionError(
+                f"received examples of shape {tuple(x.shape[1:])}: those of {self.facts.name} have {self.facts.shape}"
+            )
+        return _finite(self.facts.scale.forward(x), "example", "a number").to(self.device)
+
+    def _context(self, n: int, labels: Tensor | None) -> Tensor:
+        known = self.law.classes
+        if labels is None:
+            return self.law.context(n)
+        if not known:
+            raise OptionError("received labels, but this model was trained without: it takes classes=true")
+        if len(labels) != n or (n and (int(labels.min()) < 0 or int(labels.max()) > known)):
+            named = sorted(set(labels.tolist()))
+            raise OptionError(
+                f"received {len(labels)} labels {named} for {n} examples: give one each; this model knows classes 0 to "
+                f"{known - 1}"
+            )
+        return self.law.context(n, labels.to(self.device))
+
+
+def patch_side(shape: tuple[int, ...]) -> int:
+    """The side of a patch that divides an image into at most about eight a side, and has two values at least.
+
+    Example:
+        >>> patch_side((1, 8, 8)), patch_side((1, 28, 28)), patch_side((3, 32, 32)), patch_side((3, 7, 5))
+        (2, 4, 4, 1)
+    """
+    common = math.gcd(*shape[1:])
+    sides = [side for side in range(1, common + 1) if common % side == 0]
+    return next((side for side in sides if side > 1 and max(shape[1:]) <= 8 * side), sides[-1])
+
+
+def _trip(bijector: Bijector, x: Tensor, z: Tensor, context: Tensor) -> Trip:
+    there, _ = bijector(x, context)
+    back = bijector.inverse(z, context)
+    data, latent = _error(bijector.inverse(there, context), x), _error(bijector(back, context)[0], z)
+    return Trip(float(data.max()), _most(data), float(latent.max()), _most(latent))
+
+
+def _error(back: Tensor, y: Tensor) -> Tensor:
+    """|back - y| / max(1, |y|) of every value, float64; infinite where the way back led to no number."""
+    error = ((back.double() - y.double()).abs() / y.double().abs().clamp(min=1)).flatten()
+    return error.nan_to_num(nan=math.inf)
+
+
+def _most(error: Tensor) -> float:
+    """What 99.9% of the errors do not exceed."""
+    return float(error.kthvalue(math.ceil(0.999 * len(error))).values)
+
+
+def _finite(values: Tensor, whose: str, what: str) -> Tensor:
+    """The values, if all are finite.
+
+    Raises:
+        OptionError: naming the first example that is not.
+    """
+    bad = (~values.isfinite()).flatten(1).any(1)
+    if bool(bad.any()):
+        raise OptionError(f"{whose} {int(bad.nonzero()[0, 0])} has a value that this flow cannot take: it gives {what}")
+    return values
