@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ancestral.errors import OptionError
 from ancestral.nets.blocks import zeroed
 
 SPREAD = 7.0
@@ -335,7 +334,7 @@ def _layers(width: int, blocks: int) -> nn.Module:
     return nn.Sequential(*(_Residual(nn.Linear(width, width), nn.Linear(width, width), True) for _ in range(blocks)))
 
 
-def ladder(
+def network(
     shape: tuple[int, ...],
     per_value: int,
     *,
@@ -346,18 +345,7 @@ def ladder(
     channels: int,
     classes: int | None,
 ) -> Ladder:
-    """The network for examples of this shape: convolutions for grey and RGB images, layers for anything else.
-
-    Raises:
-        OptionError: if a number is too small.
-    """
-    named = {"width": width, "latents": latents, "channels": channels}
-    for name, number in named.items():
-        if number < 1:
-            raise OptionError(f"received {name}={number}: at least 1 is needed")
-    for name, number in {"blocks": blocks, "rungs": rungs}.items():
-        if number < 0:
-            raise OptionError(f"received {name}={number}: 0 or more is needed")
+    """The network for examples of this shape: convolutions for grey and RGB images, layers for anything else."""
     if len(shape) == 3:
         return ConvLadder(shape, per_value, width, blocks, latents, rungs, channels, classes)
     return MLPLadder(shape, per_value, width, blocks, latents, rungs, classes)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ancestral.data import Facts
 from ancestral.errors import OptionError
-from ancestral.nets import ladder as ladders
+from ancestral.nets.ladder import network
 from ancestral.protocol import Batch, Density, Player
 from ancestral.rng import Rng, Seeds, rand, randn, stream, streams
 from ancestral.vae import aggregate, bound
@@ -70,8 +70,13 @@ class VAE(nn.Module):
         super().__init__()
         if classes and not facts.classes:
             raise OptionError(f"the network is to learn classes, but {facts.name} has none: leave out classes=true")
+        least = {"latents": 1, "ladder": 0, "channels": 1, "width": 1, "blocks": 0}
+        given = {"latents": latents, "ladder": ladder, "channels": channels, "width": width, "blocks": blocks}
+        for name, number in given.items():
+            if number < least[name]:
+                raise OptionError(f"received {name}={number}: at least {least[name]} is needed")
         self.facts, self.decoder = facts, decoder(facts, components)
-        self.network = ladders.ladder(
+        self.network = network(
             facts.shape,
             self.decoder.per_value,
             width=width,
