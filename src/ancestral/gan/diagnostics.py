@@ -1,0 +1,95 @@
+"""How a game stands: what the critic makes of reals and fakes, how steep it is, and whether the generator has collapsed.
+
+The losses do not say it: they are near log 2 in a game that goes well, and in one where neither player has learnt.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ancestral.gan.losses import squared_gradient
+
+ALIKE = 0.1
+"""Spread of samples relative to the data's below which the generator has collapsed to a point."""
+
+CROWDED = 0.05
+"""Distance between nearest samples relative to the data's below which it has collapsed to a few points or a curve."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a game stands, in units of the critic's score, which has no zero: only differences of scores mean something.
+
+    Attributes:
+        real: mean score of examples learnt from.
+        fake: mean score of samples; far below `real`, the critic has won and the generator learns little.
+        steep_real: root mean square of ||grad D(x)|| on examples learnt from.
+        steep_fake: the same on samples; that it grows without bound is how an unregularised game ends.
+        gap: mean score of examples learnt from less that of held-out ones; well above 0, the critic has them by heart.
+    """
+
+    real: float
+    fake: float
+    steep_real: float
+    steep_fake: float
+    gap: float
+
+
+def standing(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, held_out: Tensor) -> Standing:
+    """How a game stands on these examples, in the model's units, shape (B, ...) each.
+
+    Example:
+        >>> found = standing(lambda x: 2 * x[:, 0], torch.ones(4, 3), torch.zeros(4, 3), torch.ones(4, 3))
+        >>> found.real - found.fake, found.steep_real, found.gap
+        (2.0, 2.0, 0.0)
+    """
+    score_real, square_real = squared_gradient(critic, real)
+    score_fake, square_fake = squared_gradient(critic, fake)
+    with torch.no_grad():
+        score_held_out = critic(held_out)
+    return Standing(
+        real=float(score_real.detach().mean()),
+        fake=float(score_fake.detach().mean()),
+        steep_real=float(square_real.detach().mean().sqrt()),
+        steep_fake=float(square_fake.detach().mean().sqrt()),
+        gap=float(score_real.detach().mean() - score_held_out.mean()),
+    )
+
+
+def collapsed(samples: Tensor, data: Tensor) -> str | None:
+    """Why the samples are those of a collapsed generator, as the end of a sentence, or None if they are not.
+
+    Of as many samples as examples, two numbers are relative to those of the data: the root mean square distance from
+    the mean, and the mean distance to the nearest other one, which for samples that are copies of each other is 0.
+    A generator that leaves out a part of the data is not told by either.
+
+    Args:
+        samples: shape (B, ...).
+        data: as many examples, in the same units.
+
+    Example:
+        >>> data = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+        >>> collapsed(data.flip(1), data) is None
+        True
+        >>> collapsed(data / 100, data)
+        'its samples are all alike: they spread 0.010 times as far as the data'
+    """
+    spread = float(_spread(samples) / _spread(data))
+    if not spread >= ALIKE:
+        return f"its samples are all alike: they spread {spread:.3f} times as far as the data"
+    apart = float(_nearest(samples) / _nearest(data).clamp(min=torch.finfo(torch.float64).tiny))
+    if not apart >= CROWDED:
+        return f"its samples are few: one is {apart:.3f} times as far from the next as in the data"
+    return None
+
+
+def _spread(x: Tensor) -> Tensor:
+    x = x.double().flatten(1)
+    return (x - x.mean(0)).square().sum(1).mean().sqrt()
+
+
+def _nearest(x: Tensor) -> Tensor:
+    distances = torch.cdist(x.double().flatten(1), x.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.fill_diagonal_(torch.inf).amin(1).mean()

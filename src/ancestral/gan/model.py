@@ -1,0 +1,206 @@
+"""The adversarial family: a critic that tells examples from samples, and a generator that it has to please."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ancestral.data import Facts
+from ancestral.errors import OptionError, unknown
+from ancestral.gan.augment import augmented
+from ancestral.gan.diagnostics import Standing, collapsed, standing
+from ancestral.gan.losses import GAMES, squared_gradient
+from ancestral.nets.critic import ImageCritic, ImageGenerator, VectorCritic, VectorGenerator
+from ancestral.protocol import Batch, Player
+from ancestral.rng import Rows, Seeds, rand, randn, streams
+
+GAMMA = 1e-3
+"""gamma for each number in an example: a gradient over the same change of an image of twice the side is half as long."""
+
+AT_ONCE = 256
+"""Samples made at a time."""
+
+
+class GAN(nn.Module):
+    """A generator of data with the given facts, and its critic.
+
+    Grey or colour images have convolutional networks, anything else is taken as a vector.
+
+    Args:
+        facts: of the data: shape, levels, scale, classes.
+        loss: what the players minimise, a key of `losses.GAMES`: "relativistic", or "classic", which is unstable.
+        gamma: weight of the penalties on the critic's gradients; None for `GAMMA` times the numbers in an example in
+            the relativistic game, and 0 in the classic one.
+        latent: dimensions of the noise that a sample is made of.
+        width: features of the networks, or channels at the full size of an image.
+        depth: residual layers, or blocks at each size of an image.
+        pac: examples that the critic judges together, as one, so that it sees when they are alike.
+        augment: whether the critic sees images through random changes, for few examples.
+        classes: whether to learn the law of each class.
+
+    Raises:
+        OptionError: if a name is unknown, a number out of range, or the data is not of the kind that an option needs.
+
+    Reference: Huang et al. (2024), The GAN is dead; long live the GAN!; Lin et al. (2018), PacGAN, for `pac`.
+
+    Example:
+        >>> from ancestral.data import load
+        >>> model = GAN(load("ring-8").facts)
+        >>> model.sample(5).shape
+        torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        *,
+        loss: str = "relativistic",
+        gamma: float | None = None,
+        latent: int = 64,
+        width: int | None = None,
+        depth: int | None = None,
+        pac: int = 1,
+        augment: bool = False,
+        classes: bool = False,
+    ) -> None:
+        super().__init__()
+        if loss not in GAMES:
+            raise unknown("loss", loss, GAMES)
+        if gamma is not None and not 0 <= gamma < float("inf"):
+            raise OptionError(f"received gamma={gamma}: the weight of a penalty is at least 0")
+        if pac < 1:
+            raise OptionError(f"received pac={pac}: the critic judges at least 1 example at a time")
+        if pac > 1 and (classes or augment):
+            raise OptionError(f"received pac={pac} with classes or augment: packs are for plain examples, give pac=1")
+        if augment and not facts.is_image:
+            raise OptionError(f"received augment=True for examples of shape {facts.shape}: it changes images alone")
+        if classes and not facts.classes:
+            raise OptionError(f"received classes=True, and {facts.name} has no classes: leave it out")
+        self.facts, self.game, self.pac, self.augment = facts, GAMES[loss], pac, augment
+        self.gamma = (GAMMA * facts.dims * self.game.penalised) if gamma is None else gamma
+        self.latent, self.classes = latent, len(facts.classes or ()) if classes else None
+        critic, generator = (ImageCritic, ImageGenerator) if facts.is_image else (VectorCritic, VectorGenerator)
+        size = {"width": width or (32 if facts.is_image else 128)}
+        if depth and not facts.is_image: size["depth"]=depth
+        shape = (pac * facts.shape[0], *facts.shape[1:])
+        self.critic = critic(shape, **size, classes=self.classes)
+        self.generator = generator(facts.shape, latent=latent, **size, classes=self.classes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks compute. Data and samples in the user's units are on the CPU."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
+    def players(self) -> Mapping[str, Player]:
+        """The critic, which moves first and is as good as it gets when the generator answers, and the generator."""
+        return {
+            "critic": Player(self.critic, self.critic_loss),
+            "generator": Player(self.generator, self.generator_loss),
+        }
+
+    def critic_loss(self, batch: Batch) -> Tensor:
+        """What the critic minimises, see `losses`; the generator is given no gradient."""
+        fake = self._made(batch)
+        with torch.no_grad():
+            real, fake = self._seen(batch.x, batch.rows), self._seen(self.generator(*fake), batch.rows)
+        labels = self._told(batch)
+        if self.gamma == 0:
+            return self.game.critic(self.critic(real, labels), self.critic(fake, labels))
+        both = None if labels is None else torch.cat([labels, labels])
+        scores, squares = squared_gradient(lambda x: self.critic(x, both), torch.cat([real, fake]))
+        return self.game.critic(*scores.chunk(2)) + self.gamma * squares.mean()
+
+    def generator_loss(self, batch: Batch) -> Tensor:
+        """What the generator minimises, see `losses`; the critic is given no gradient."""
+        labels = self._told(batch)
+        with _still(self.critic):
+            fake = self.critic(self._seen(self.generator(*self._made(batch)), batch.rows), labels)
+            with torch.no_grad():
+                real = self.critic(self._seen(batch.x, batch.rows), labels)
+            return self.game.generator(real, fake)
+
+    def sample(self, n: int, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None) -> Tensor:
+        """n examples in the data's own units: integer levels, or real values. Example i has the stream (rng, start + i).
+
+        A model that knows classes draws from those of `labels`, int64, shape (n,), or from all of them alike.
+
+        Raises:
+            OptionError: if the model knows no classes, or not these.
+        """
+        each = streams(rng, n, start=start)
+        z = randn((n, self.latent), each)
+        if labels is not None:
+            self._check(n, labels)
+        elif self.classes:
+            labels = (rand((n,), each) * self.classes).long()
+        parts = []
+        with torch.no_grad():
+            for first in range(0, n, AT_ONCE):
+                rows = slice(first, first + AT_ONCE)
+                told = None if labels is None else labels[rows].to(self.device)
+                parts.append(self.facts.to_raw(self.generator(z[rows].to(self.device), told).cpu()))
+        return torch.cat(parts)
+
+    def standing(self, batch: Batch, held_out: Tensor) -> Standing:
+        """How the game stands on a batch and on held-out examples in the model's units; see `diagnostics.standing`."""
+        with torch.no_grad():
+            fake = self.generator(*self._made(batch))
+        return standing(lambda x: self.critic(packed(x, self.pac)), batch.x, fake, held_out)
+
+    def check(self, batch: Batch) -> str | None:
+        """Why the generator has collapsed, on samples made beside a batch, or None; see `diagnostics.collapsed`."""
+        with torch.no_grad():
+            fake = self.generator(*self._made(batch))
+        if not bool(fake.isfinite().all()):
+            return "its samples are not finite"
+        return collapsed(fake, batch.x)
+
+    def _made(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What as many samples as the batch has examples are made of: latents and, of the same classes, labels."""
+        z = randn((len(batch.x), self.latent), batch.rows).to(self.device)
+        if self.classes and batch.labels is None:
+            return z, (rand((len(z),), batch.rows) * self.classes).long().to(self.device)
+        return z, self._told(batch)
+
+    def _told(self, batch: Batch) -> Tensor | None:
+        """The labels that the critic is told."""
+        return batch.labels if self.classes else None
+
+    def _seen(self, x: Tensor, rows: Rows) -> Tensor:
+        """Examples in the model's units as the critic sees them."""
+        return packed(augmented(x, rows) if self.augment else x, self.pac)
+
+    def _check(self, n: int, labels: Tensor) -> None:
+        if self.classes is None:
+            raise OptionError("received labels, and this model knows no classes: train with classes, or leave them out")
+        if labels.shape != (n,) or not bool(((labels >= 0) & (labels < self.classes)).all()):
+            raise OptionError(
+                f"received labels of shape {tuple(labels.shape)} for {n} samples: give one of 0 .. {self.classes - 1} each"
+            )
+
+
+def packed(x: Tensor, pac: int) -> Tensor:
+    """Every `pac` consecutive examples as one, along the first axis of an example; the first ones again to fill the last.
+
+    Reference: Lin et al. (2018), PacGAN, section 3.
+
+    Example:
+        >>> packed(torch.arange(6).reshape(3, 2), 2)
+        tensor([[0, 1, 2, 3],
+                [4, 5, 0, 1]])
+    """
+    if pac == 1:
+        return x
+    packs = -(-len(x) // pac)
+    return x[torch.arange(packs * pac) % len(x)].reshape(packs, pac * x.shape[1], *x.shape[2:])
+
+
+@contextmanager
+def _still(module: nn.Module) -> Iterator[None]:
+    """Within it a gradient passes through the module and is not gathered in its parameters."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
