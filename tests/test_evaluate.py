@@ -97,7 +97,7 @@ def test_the_limit_of_infinitely_many_steps_is_below_any_chain(model):
     found = {limit: evaluate(model, DIGITS, n=200, limit=limit) for limit in (False, True)}
     coarse, limit = (found[key].likelihood() for key in (False, True))
     assert limit.diffusion < coarse.diffusion
-    assert found[True].evaluation(run="", family="diffusion", data="", seed=0, artifacts={}).limit
+    assert found[True].record()["limit"]
 
 
 def test_the_flow_and_the_bound_are_measured_on_the_same_examples(model):

@@ -302,10 +302,13 @@ def figures(
         from ancestral.apps import figures as drawing
         from ancestral.apps import output
         from ancestral.apps.progress import Progress
+        from ancestral.diffusion.model import Diffusion
         from ancestral.training import checkpoint
         from ancestral.training.run import reload
 
         saved = checkpoint.open_run(run)
+        if not isinstance(saved.model, Diffusion):
+            raise OptionError(f"{run}: is a {saved.family}, and the figures are of a diffusion model's chain")
         with Progress() as progress:
             data = reload(run, progress.update)
             folder = output.fresh(out or checkpoint.run_of(run), "figures")

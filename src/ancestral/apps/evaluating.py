@@ -1,20 +1,30 @@
 """What `ancestral evaluate` asks of a model, by what its family can answer, and where the answers go."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ancestral import toys
 from ancestral.apps import figures, output
 from ancestral.data import Data
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError
-from ancestral.measure import chain, flow
+from ancestral.flow.model import Flow
+from ancestral.gan.model import GAN
+from ancestral.measure import chain, flow, samples
 from ancestral.measure.evaluate import evaluate
 from ancestral.measure.measured import Measured
-from ancestral.measure.record import Averaged, Comparison, Evaluation, OdeLikelihood
+from ancestral.measure.modes import modes
+from ancestral.measure.record import Averaged, Comparison, Evaluation, Modes, OdeLikelihood, RoundTrip, Trip
 from ancestral.training import checkpoint, durable
 from ancestral.training.checkpoint import Saved
 from ancestral.training.processes import Processes
+from ancestral.training.recipes import Model
+
+DRAWN, INVERTED = 10_000, 256
+"""Samples whose modes are counted, and held-out examples that a flow takes there and back."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,16 @@ class Question:
         )
         return followed.likelihood(beside)
 
+    def refuse_a_likelihood(self, saved: Saved, other: Saved | None, sweep: bool) -> None:
+        """For a family that has none.
+
+        Raises:
+            OptionError: naming what was asked for.
+        """
+        self._refuse_a_chain(saved)
+        for name in (name for name, given in {"--compare": other, "--ema": sweep, "--n": self.n}.items() if given):
+            raise OptionError(f"{name} is about a likelihood, and a {saved.family} has none: leave it out")
+
     def _refuse_a_chain(self, saved: Saved) -> None:
         given = {
             f"--likelihood {self.likelihood}": self.likelihood != "bound",
@@ -113,10 +133,14 @@ def evaluation(
             f"{other.path}: is for shape {other.facts.shape} with {other.facts.levels} levels, and {saved.path} for "
             f"{saved.facts.shape} with {saved.facts.levels}: only runs on data alike are compared"
         )
-    whole = question.asked(saved, examples)
-    found = [(saved, whole), *((each, question.asked(each, examples, whole)) for each in opened[1:])]
-    ode, comparison = question.ode(saved, examples, whole), None
-    if other:
+    if isinstance(saved.model, GAN):
+        question.refuse_a_likelihood(saved, other, sweep)
+        whole, found = None, []
+    else:
+        whole = question.asked(saved, examples)
+        found = [(saved, whole), *((each, question.asked(each, examples, whole)) for each in opened[1:])]
+    ode, comparison = question.ode(saved, examples, whole) if whole else None, None
+    if other and whole:
         theirs = question.asked(other, examples, whole)
         comparison = Comparison(run=str(other.path), likelihood=theirs.likelihood(), better=whole.over(theirs))
     if not question.group.first:
@@ -124,21 +148,47 @@ def evaluation(
     folder = output.fresh(checkpoint.run_of(saved.path), "evaluation")
     folder.mkdir(parents=True)
     artifacts = {"evaluation": str(folder / "evaluation.json")}
-    if whole.chain:
+    if whole and whole.chain:
         artifacts["terms"] = str(folder / "terms.png")
         how = {"run": str(saved.path), "n": len(whole.chosen), "likelihood": question.likelihood, "seed": question.seed}
         figures.save(figures.terms(whole.bound, saved.facts, whole.likelihood()), Path(artifacts["terms"]), how)
     averages = [Averaged(length=each.ema, residual=each.residual, likelihood=one.likelihood()) for each, one in found]
-    result = whole.evaluation(
+    result = Evaluation(
         run=str(saved.path),
         family=saved.family,
         data=examples.facts.name,
+        unit=examples.facts.unit,
         tolerance=question.tolerance,
         seed=question.seed,
         artifacts=artifacts,
         ode=ode,
         comparison=comparison,
         ema=averages if sweep else None,
+        **(whole.record() if whole else {}),
+        **_of_samples(saved.model, examples, question.seed),
+        **_of_inverse(saved.model, examples),
     )
     durable.write_json(folder / "evaluation.json", result.model_dump(mode="json", exclude_none=True))
     return result
+
+
+def _of_samples(model: Model, examples: Data, seed: int) -> dict[str, Any]:
+    """How samples stand to data, and which modes they reach, of a model that draws at once."""
+    if isinstance(model, Diffusion):
+        return {}
+    found: dict[str, Any] = {"samples": samples.compare(lambda n: model.sample(n, rng=seed), examples, seed=seed)}
+    law = toys.named(examples.facts.source) if examples.facts.source in toys.TOYS else None
+    if isinstance(law, toys.Mixture) and len(law.weights) > 1:
+        reached = modes(law, model.sample(DRAWN, rng=seed).double())
+        kl = reached.reverse_kl if math.isfinite(reached.reverse_kl) else None
+        found["modes"] = Modes(hit=reached.hit, of=reached.of, high_quality=reached.high_quality, reverse_kl=kl)
+    return found
+
+
+def _of_inverse(model: Model, examples: Data) -> dict[str, Any]:
+    """How exactly a flow inverts."""
+    if not isinstance(model, Flow):
+        return {}
+    found = model.round_trip(examples.held_out[:INVERTED])
+    trips = {name: getattr(found, name) for name in ("float32", "float64")}
+    return {"round_trip": RoundTrip(**{name: Trip(data=trip.data, latent=trip.latent) for name, trip in trips.items()})}

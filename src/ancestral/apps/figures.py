@@ -205,7 +205,9 @@ def learn_roll(*, steps: int, seed: int = 0, progress: Progress | None = None) -
     for record in loop.steps(state, data, steps, seed=seed):
         if progress and record.step % 50 == 0:
             progress("learning a swiss roll", record.step, steps)
-    return checkpoint.averaged(state.tensors(), setup, data.facts), data
+    averaged = checkpoint.averaged(state.tensors(), setup, data.facts)
+    assert isinstance(averaged, Diffusion)
+    return averaged, data
 
 
 def swiss_roll(seed: int = 0, steps: int = 2500, progress: Progress | None = None) -> "Figure":

@@ -51,51 +51,97 @@ def plan_told(planned: Plan, group: Processes) -> tuple[list[str], dict[str, Any
 
 def evaluation_lines(result: Evaluation) -> list[str]:
     """The evaluation as a person reads it."""
-    found, unit = result.likelihood, result.unit
-
-    def baseline(label: str, name: str) -> str:
-        value, margin = getattr(result.baselines, name), getattr(result.margins, name)
-        word = "better" if margin.value > 0 else "worse"
-        ratio = abs(margin.value) / margin.stderr if margin.stderr else float("inf")
-        difference = f"the model is {abs(margin.value):.4f} ± {margin.stderr:.4f} {word} ({ratio:.0f} s.e.)"
-        return f"  {label:<24}{value:10.4f}   {difference}"
-
-    of = "" if result.n_images == result.n_held_out else f" of {result.n_held_out:,}"
     return [
-        f"{result.data}: {result.n_images:,}{of} held-out examples, {unit}, {_model(result)}, seed {result.seed}",
+        f"{result.data}: {_examples(result)}{_model(result)}, seed {result.seed}",
         *(["  (other steps than it was trained for: the bound of another model)"] if result.respaced else []),
-        f"  {NAMES[result.family, result.kind]:<24}{found.value:10.4f} ± {found.stderr:.4f}   {_apart(found)}"
-        f"({_took(result)})",
-        *(
-            f"    {name:<22}{part:10.4f}"
-            for name, part in (
-                ("L_T   prior", found.prior),
-                ("L_t-1 diffusion", found.diffusion),
-                ("L_0   decoder", found.decoder),
-            )
-            if part is not None
-        ),
+        *_likelihood_lines(result),
         *_tolerance_lines(result),
         *_ode_lines(result),
         *_comparison_lines(result),
-        baseline("independent pixels", "independent_pixels"),
-        baseline("full-covariance Gaussian", "gaussian"),
+        *_baseline_lines(result),
         *(
             f"  {f'average of length {each.length:g}':<24}{each.likelihood.value:10.4f} ± {each.likelihood.stderr:.4f}"
             f"   (made to {each.residual:.1%})"
             for each in result.ema or []
         ),
+        *_inverse_lines(result),
+        *_sample_lines(result),
         *(f"  {path}" for path in result.artifacts.values()),
     ]
 
 
-NAMES = {
-    ("diffusion", "lower bound"): "variational bound",
-    ("vae", "lower bound"): "importance-weighted bound",
-    ("flow", "exact"): "exact likelihood",
-    ("flow", "lower bound"): "dequantized bound",
-}
-"""What the likelihood of a family is called."""
+def _examples(result: Evaluation) -> str:
+    if result.likelihood is None:
+        return ""
+    of = "" if result.n_images == result.n_held_out else f" of {result.n_held_out:,}"
+    return f"{result.n_images:,}{of} held-out examples, {result.unit}, "
+
+
+def _likelihood_lines(result: Evaluation) -> list[str]:
+    found = result.likelihood
+    if found is None:
+        return [f"  no likelihood: a {result.family} has none"]
+    parts = {"L_T   prior": found.prior, "L_t-1 diffusion": found.diffusion, "L_0   decoder": found.decoder}
+    return [
+        f"  {_name(result):<24}{found.value:10.4f} ± {found.stderr:.4f}   {_apart(found)}({_took(result)})",
+        *(f"    {name:<22}{part:10.4f}" for name, part in parts.items() if part is not None),
+    ]
+
+
+def _baseline_lines(result: Evaluation) -> list[str]:
+    """The two simple densities, and the paired difference to each."""
+    labels = {"independent_pixels": "independent pixels", "gaussian": "full-covariance Gaussian"}
+    lines = []
+    for name, label in labels.items() if result.baselines else ():
+        value, margin = getattr(result.baselines, name), getattr(result.margins, name)
+        word = "better" if margin.value > 0 else "worse"
+        ratio = abs(margin.value) / margin.stderr if margin.stderr else float("inf")
+        difference = f"the model is {abs(margin.value):.4f} ± {margin.stderr:.4f} {word} ({ratio:.0f} s.e.)"
+        lines.append(f"  {label:<24}{value:10.4f}   {difference}")
+    return lines
+
+
+def _inverse_lines(result: Evaluation) -> list[str]:
+    """The error of a flow's way there and back."""
+    if result.round_trip is None:
+        return []
+    single, double = result.round_trip.float32, result.round_trip.float64
+    return [
+        f"  {'round trip, at most':<24}data {single.data:.1e}, latents {single.latent:.1e} in float32; "
+        f"{double.data:.1e}, {double.latent:.1e} in float64"
+    ]
+
+
+def _sample_lines(result: Evaluation) -> list[str]:
+    """Samples of the model, and of held-out and training examples in their place."""
+    lines = []
+    if result.samples:
+        rows = {"model": result.samples.model, "held-out data": result.samples.held_out}
+        rows |= {"training data": result.samples.training}
+        lines += [
+            f"  {f'samples, {result.samples.n:,} of each':<24}energy distance²    nearer to training data",
+            *(
+                f"    {name:<22}{row.energy.value:10.4f} ± {row.energy.stderr:.4f}   "
+                f"{row.copied.value:5.1%} ± {row.copied.stderr:.1%}"
+                for name, row in rows.items()
+            ),
+        ]
+    if result.modes:
+        found, kl = result.modes, result.modes.reverse_kl
+        lines.append(
+            f"  {'modes':<24}{found.hit} of {found.of}, {found.high_quality:.1%} of the samples at one, reverse KL "
+            + ("undefined" if kl is None else f"{kl:.3f}")
+        )
+    return lines
+
+
+def _name(result: Evaluation) -> str:
+    """What the likelihood of a family is called."""
+    if result.chain is not None:
+        return "variational bound"
+    if result.kind == "exact":
+        return "exact"
+    return "importance-weighted" if result.family == "vae" else "dequantized"
 
 
 def _model(result: Evaluation) -> str:
@@ -121,7 +167,7 @@ def _apart(found: Likelihood) -> str:
 def _tolerance_lines(result: Evaluation) -> list[str]:
     """Whether the tolerance was reached, and what stands in the way."""
     found, wanted = result.likelihood, result.tolerance
-    if wanted is None or found.stderr <= wanted:
+    if wanted is None or found is None or found.stderr <= wanted:
         return []
     if result.n_images == result.n_held_out and found.stderr_noise is not None and found.stderr_noise <= wanted:
         return [f"  every held-out example was measured; what is left above ± {wanted:g} is the choice of examples"]

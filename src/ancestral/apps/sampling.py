@@ -279,7 +279,7 @@ def draw_samples(
         NoSpace: if the disk is full; what is done is kept.
     """
     model = saved.model
-    labels = None if label is None else torch.tensor([_class_of(label, model)]).expand(n)
+    labels = None if label is None else torch.tensor([_class_of(label, saved)]).expand(n)
     job = {
         "recipe": dict(recipe),
         "pictures": dict(way.pictures),
@@ -346,10 +346,10 @@ def _size(facts: Facts) -> int:
     return facts.dims * _dtype(facts).itemsize
 
 
-def _class_of(label: str, model: Model) -> int:
-    if not model.conditional:
+def _class_of(label: str, saved: Saved) -> int:
+    if not saved.setup.labels:
         raise OptionError(f"received --label {label}, but this model was not trained with labels: leave it out")
-    classes = model.facts.classes or ()
+    classes = saved.facts.classes or ()
     if label not in classes:
         raise unknown("class", label, classes)
     return classes.index(label)

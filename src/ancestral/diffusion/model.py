@@ -167,11 +167,6 @@ class Diffusion(nn.Module):
         """Where the network computes. Data and samples in the user's units are on the CPU."""
         return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
-    @property
-    def conditional(self) -> bool:
-        """Whether the network knows classes."""
-        return self.network.classes is not None
-
     def players(self) -> Mapping[str, Player]:
         """The denoiser, with `loss`."""
         return {"denoiser": Player(self.network, self.loss)}

@@ -10,12 +10,14 @@ from torch import Tensor
 from ancestral.data import Data
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError
+from ancestral.flow.model import Flow
+from ancestral.gan.model import GAN
 from ancestral.measure import chain
 from ancestral.measure.measured import Measured, beside, shuffled
-from ancestral.protocol import HasDensity
 from ancestral.rng import stream
 from ancestral.training.processes import ALONE, Processes
 from ancestral.training.recipes import Model
+from ancestral.vae.model import VAE
 
 BATCH = 250
 """Examples at a time."""
@@ -54,13 +56,13 @@ def evaluate(
     common: dict[str, Any] = {"n": n, "like": like, "seed": seed, "progress": progress, "group": group}
     if isinstance(model, Diffusion):
         return chain.measure(model, data, **common, **options)
-    if not isinstance(model, HasDensity):
-        raise OptionError(f"a {type(model).__name__} has no likelihood: it can be sampled, and not be asked for one")
+    if isinstance(model, GAN):
+        raise OptionError("a GAN has no likelihood: it can be sampled, and the samples compared, and no more")
     return _densities(model, data, **common, **options)
 
 
 def _densities(
-    model: Model,
+    model: VAE | Flow,
     data: Data,
     *,
     n: int | None,

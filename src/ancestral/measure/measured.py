@@ -21,7 +21,7 @@ from ancestral.data import Data, Facts
 from ancestral.diffusion.likelihood import Bound, Estimate, estimate
 from ancestral.errors import DataError
 from ancestral.measure import baselines
-from ancestral.measure.record import Baselines, Evaluation, Kind, Likelihood, Margin, Margins
+from ancestral.measure.record import Baselines, Kind, Likelihood, Margin, Margins
 from ancestral.rng import stream
 
 
@@ -155,22 +155,19 @@ class Measured:
         """Nats per example in the unit in which this data's likelihood is told."""
         return self.facts.bits_per_dim(nats) if self.facts.levels else nats
 
-    def evaluation(self, **more: Any) -> Evaluation:
-        """The published record; `more` names the run, and what is known outside."""
-        unit: dict[str, Any] = {"bits_per_dim" if self.facts.levels else "nats": self.likelihood()}
-        return Evaluation(
-            unit=self.facts.unit,
-            kind=self.kind,
-            baselines=self.baselines(),
-            margins=self.margins(),
-            n_images=len(self.chosen),
-            n_held_out=len(self.gaussian) if self.speak_for_all else len(self.chosen),
-            n_evaluations=self.evaluations,
-            seconds=round(self.seconds, 2),
+    def record(self) -> dict[str, Any]:
+        """What the published record says of it."""
+        return {
+            "bits_per_dim" if self.facts.levels else "nats": self.likelihood(),
+            "kind": self.kind,
+            "baselines": self.baselines(),
+            "margins": self.margins(),
+            "n_images": len(self.chosen),
+            "n_held_out": len(self.gaussian) if self.speak_for_all else len(self.chosen),
+            "n_evaluations": self.evaluations,
+            "seconds": round(self.seconds, 2),
             **(self.chain.record() if self.chain else {}),
-            **unit,
-            **more,
-        )
+        }
 
 
 ENOUGH = 30

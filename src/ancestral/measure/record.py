@@ -37,7 +37,7 @@ class Likelihood(Record):
 
 
 class Margin(Record):
-    """By how much the model is better than a baseline, paired over the same examples: baseline minus model."""
+    """A number and its standard error: such as by how much a model is better than a baseline, on the same examples."""
 
     value: float
     stderr: float = Field(ge=0)
@@ -100,23 +100,66 @@ class OdeLikelihood(Record):
     above: Margin
 
 
+class Stand(Record):
+    """A set of examples against held-out ones.
+
+    `energy` is the squared energy distance in the model's units, 0 in expectation for equal laws. `copied` is the share
+    that is nearer to a training example than to a held-out one: one half of what is new, all of what was copied.
+    """
+
+    energy: Margin
+    copied: Margin
+
+
+class Samples(Record):
+    """Samples of the model, held-out examples in their place, and training examples in their place; n of each."""
+
+    n: int
+    model: Stand
+    held_out: Stand
+    training: Stand
+
+
+class Modes(Record):
+    """The modes of a mixture that samples reach: `hit` out of `of`, and the share of samples that lies at one."""
+
+    hit: int
+    of: int
+    high_quality: float
+    reverse_kl: float | None
+
+
+class Trip(Record):
+    """The largest error of a flow's way there and back, relative where values exceed 1, in both directions."""
+
+    data: float
+    latent: float
+
+
+class RoundTrip(Record):
+    """How exactly a flow inverts on held-out examples, in the precision that it runs in and in twice that."""
+
+    float32: Trip
+    float64: Trip
+
+
 class Evaluation(Record):
     """The one object that `ancestral evaluate --json` prints.
 
     From `estimator` to `respaced` it tells of the chain of a diffusion model, and is silent of other families.
-    Exactly one of `bits_per_dim` (data on levels) and `nats` (real values, per example) is there; baselines and
-    margins are in the same unit.
+    Of `bits_per_dim` (data on levels) and `nats` (real values, per example) one is there, if the family has a
+    likelihood; baselines and margins are in the same unit.
     """
 
     run: str
     data: str
     family: Literal["diffusion", "vae", "flow", "gan"]
     unit: Literal["bits/dim", "nats"]
-    kind: Kind
+    kind: Kind | None = Field(None, description="None of a family that has no likelihood")
     bits_per_dim: Likelihood | None = None
     nats: Likelihood | None = None
-    baselines: Baselines
-    margins: Margins
+    baselines: Baselines | None = None
+    margins: Margins | None = None
     estimator: Literal["all-steps", "importance"] | None = None
     limit: bool | None = Field(None, description="whether every term is that of infinitely many steps in its place")
     chain: int | None = Field(None, description="steps T of the chain whose bound this is")
@@ -128,21 +171,23 @@ class Evaluation(Record):
     )
     tolerance: float | None = Field(None, description="standard error that was asked for")
     seed: int
-    n_images: int = Field(description="held-out examples that were measured")
-    n_held_out: int = Field(description="held-out examples for which they speak")
+    n_images: int = Field(0, description="held-out examples whose likelihood was measured")
+    n_held_out: int = Field(0, description="held-out examples for which they speak")
     n_evaluations: int | None = Field(None, description="of a diffusion model's network, over all examples")
-    seconds: float
+    seconds: float = Field(0.0, description="that measuring the likelihood took")
     artifacts: dict[str, str]
     ode: OdeLikelihood | None = Field(None, description="along the probability-flow ODE, if it was asked for")
     comparison: Comparison | None = Field(None, description="with another run, if one was named")
     ema: list[Averaged] | None = Field(None, description="the averages of the weights that were asked for")
 
+    samples: Samples | None = Field(None, description="how samples stand to data, of a family that draws at once")
+    modes: Modes | None = Field(None, description="that samples reach, where the law is a mixture that is known")
+    round_trip: RoundTrip | None = Field(None, description="of a flow of blocks that are inverted exactly")
+
     @property
-    def likelihood(self) -> Likelihood:
+    def likelihood(self) -> Likelihood | None:
         """Whichever of the two units is there."""
-        found = self.bits_per_dim or self.nats
-        assert found is not None
-        return found
+        return self.bits_per_dim or self.nats
 
 
 if __name__ == "__main__":

@@ -17,19 +17,25 @@ from ancestral.data import Facts
 from ancestral.diffusion import process as processes
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError, unknown
+from ancestral.flow.model import Flow
+from ancestral.gan.model import GAN
 from ancestral.nets import MLP, DiT, UNet
 from ancestral.training.loop import TrainingSection
 from ancestral.training.settings import (
     DiffusionSection,
     DiTSection,
     Family,
+    FlowSection,
+    GANSection,
     MLPSection,
     ProcessSection,
     Setup,
     UNetSection,
+    VAESection,
 )
+from ancestral.vae.model import VAE
 
-Model = Diffusion
+Model = Diffusion | VAE | Flow | GAN
 """A model of any family."""
 
 
@@ -118,6 +124,65 @@ def vectors(facts: Facts) -> Setup:
     )
 
 
+def vae(facts: Facts) -> Setup:
+    """A variational autoencoder whose decoder is a likelihood: of levels, bits or real values."""
+    return Setup(recipe="vae", family="vae", vae=VAESection(), training=autoencoding(facts), **NO_DIFFUSION)
+
+
+def ladder(facts: Facts) -> Setup:
+    """The same with a ladder of latents: each group of them is drawn given those above."""
+    return Setup(recipe="ladder", family="vae", vae=VAESection(ladder=3), training=autoencoding(facts), **NO_DIFFUSION)
+
+
+def autoencoding(facts: Facts) -> TrainingSection:
+    """Few steps for what overfits: some thousand small images."""
+    if not facts.is_image:
+        return TrainingSection(minutes=2.0, batch=512, rate=1e-3)
+    return TrainingSection(minutes=2.0 if max(facts.shape[1:]) <= 10 else 10.0, batch=128, rate=2e-3)
+
+
+def flow(facts: Facts) -> Setup:
+    """A normalizing flow: splines for vectors, couplings for images."""
+    if not facts.is_image:
+        training = TrainingSection(minutes=2.0, batch=512, rate=2e-3)
+    else:
+        training = TrainingSection(minutes=2.0 if max(facts.shape[1:]) <= 10 else 10.0, batch=128, rate=1e-3)
+    return Setup(recipe="flow", family="flow", flow=FlowSection(), training=training, **NO_DIFFUSION)
+
+
+def continuous(facts: Facts) -> Setup:
+    """A continuous flow: the straight path of a diffusion model, whose likelihood is that of its ODE.
+
+    Reference: Lipman et al. (2023), section 4.1; Liu et al. (2023), for the path.
+    """
+    setup = choose(facts).model_copy(update={"recipe": "continuous", "family": "flow"})
+    straight = {"process": ProcessSection(schedule="rectified"), "diffusion": DiffusionSection(predicts="velocity")}
+    return setup.model_copy(update=straight)
+
+
+def gan(facts: Facts) -> Setup:
+    """A generative adversarial network with the relativistic pairing loss and both gradient penalties."""
+    return Setup(recipe="gan", family="gan", gan=GANSection(), training=playing(facts), **NO_DIFFUSION)
+
+
+def classic(facts: Facts) -> Setup:
+    """The non-saturating game without a penalty, to be seen beside it."""
+    return Setup(
+        recipe="classic-gan", family="gan", gan=GANSection(loss="classic"), training=playing(facts), **NO_DIFFUSION
+    )
+
+
+def playing(facts: Facts) -> TrainingSection:
+    """No momentum, no decay, and no clip: the players answer each other."""
+    minutes = 2.0 if not facts.is_image or max(facts.shape[1:]) <= 10 else 10.0
+    return TrainingSection(
+        minutes=minutes, batch=256, rate=1e-3, betas=(0.0, 0.99), weight_decay=0.0, clip=1e6, warmup=0
+    )
+
+
+NO_DIFFUSION: dict[str, None] = {"process": None, "diffusion": None}
+"""Sections that only a diffusion model has."""
+
 SIZES = ("tiny", "small", "base")
 
 
@@ -153,7 +218,17 @@ FOR_IMAGES: dict[str, Callable[[Facts], Setup]] = {
     "cifar10_bits": cifar10_bits,
 }
 
-RECIPES: dict[str, Callable[[Facts], Setup]] = {**FOR_IMAGES, "vectors": vectors}
+RECIPES: dict[str, Callable[[Facts], Setup]] = {
+    **FOR_IMAGES,
+    "vectors": vectors,
+    "vae": vae,
+    "ladder": ladder,
+    "flow": flow,
+    "continuous": continuous,
+    "gan": gan,
+    "classic-gan": classic,
+}
+"""Recipes by name; one named after a family is what the family takes by default."""
 
 
 def choose(facts: Facts, name: str | None = None, preset: str | None = None, family: Family | None = None) -> Setup:
@@ -239,7 +314,17 @@ def build(setup: Setup, facts: Facts, seed: int = 0) -> Model:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if setup.vae:
+            return VAE(facts, **_keywords(setup.vae, facts))
+        if setup.flow:
+            return Flow(facts, **_keywords(setup.flow, facts))
+        if setup.gan:
+            return GAN(facts, **_keywords(setup.gan, facts))
         return _diffusion(setup, facts)
+
+
+def _keywords(section: VAESection | FlowSection | GANSection, facts: Facts) -> dict[str, Any]:
+    return {**section.model_dump(exclude={"labels"}), "classes": _labelled(section.labels, facts)}
 
 
 def _diffusion(setup: Setup, facts: Facts) -> Diffusion:

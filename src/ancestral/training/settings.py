@@ -72,6 +72,45 @@ class MLPSection(Section):
     variance: bool = False
 
 
+class VAESection(Section):
+    """Keywords of `VAE`; its classes when `labels` are to be learnt."""
+
+    latents: int = Field(32, ge=1)
+    ladder: int = Field(0, ge=0)
+    channels: int = Field(4, ge=1)
+    width: int = Field(32, ge=1)
+    blocks: int = Field(1, ge=0)
+    components: int = Field(5, ge=1)
+    labels: bool = False
+
+
+class FlowSection(Section):
+    """Keywords of `Flow`, None for those that its kind decides; its classes when `labels` are to be learnt."""
+
+    kind: str | None = None
+    transforms: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=1)
+    depth: int | None = Field(None, ge=1)
+    bins: int = Field(16, ge=2)
+    patch: int | None = Field(None, ge=1)
+    heads: int = Field(4, ge=1)
+    dequantization: str = "uniform"
+    labels: bool = False
+
+
+class GANSection(Section):
+    """Keywords of `GAN`, None for those that the shape decides; its classes when `labels` are to be learnt."""
+
+    loss: str = "relativistic"
+    gamma: float | None = Field(None, ge=0)
+    latent: int = Field(64, ge=1)
+    width: int | None = Field(None, ge=1)
+    depth: int | None = Field(None, ge=1)
+    pac: int = Field(1, ge=1)
+    augment: bool = False
+    labels: bool = False
+
+
 class Setup(Section):
     """A complete, named set-up: the sections of one family, and how it is trained.
 
@@ -85,4 +124,13 @@ class Setup(Section):
     unet: UNetSection | None = None
     dit: DiTSection | None = None
     mlp: MLPSection | None = None
+    vae: VAESection | None = None
+    flow: FlowSection | None = None
+    gan: GANSection | None = None
     training: TrainingSection = TrainingSection()
+
+    @property
+    def labels(self) -> bool:
+        """Whether the model learns classes."""
+        sections = (self.unet, self.dit, self.vae, self.flow, self.gan)
+        return any(section.labels for section in sections if section is not None)
