@@ -1,4 +1,4 @@
-"""How a game stands: what the critic makes of reals and fakes, how steep it is, and whether the generator has collapsed.
+"""How a game stands: what the critic makes of reals and fakes, how steep it is, whether the generator has collapsed.
 
 The losses do not say it: they are near log 2 in a game that goes well, and in one where neither player has learnt.
 """

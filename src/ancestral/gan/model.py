@@ -15,8 +15,8 @@ from ancestral.nets.critic import ImageCritic, ImageGenerator, VectorCritic, Vec
 from ancestral.protocol import Batch, Player
 from ancestral.rng import Rows, Seeds, rand, randn, streams
 
-GAMMA = 1e-3
-"""gamma for each number in an example: a gradient over the same change of an image of twice the side is half as long."""
+GAMMA_VECTORS, GAMMA_IMAGES = 5e-3, 1e-3
+"""gamma for each number in an example: at twice the side, the same change of an image is a gradient half as long."""
 
 AT_ONCE = 256
 """Samples made at a time."""
@@ -30,11 +30,11 @@ class GAN(nn.Module):
     Args:
         facts: of the data: shape, levels, scale, classes.
         loss: what the players minimise, a key of `losses.GAMES`: "relativistic", or "classic", which is unstable.
-        gamma: weight of the penalties on the critic's gradients; None for `GAMMA` times the numbers in an example in
-            the relativistic game, and 0 in the classic one.
-        latent: dimensions of the noise that a sample is made of.
-        width: features of the networks, or channels at the full size of an image.
-        depth: residual layers, or blocks at each size of an image.
+        gamma: weight of the penalties on the critic's gradients; None for `GAMMA_VECTORS` or `GAMMA_IMAGES` times the
+            numbers in an example in the relativistic game, and 0 in the classic one.
+        latent: dimensions of the noise that a sample is made of; None for those of a vector, and 64 for an image.
+        width: features of the networks, 128 by default, or channels at the full size of an image, 32.
+        depth: residual layers, 4 by default, or blocks at each size of an image, 1.
         pac: examples that the critic judges together, as one, so that it sees when they are alike.
         augment: whether the critic sees images through random changes, for few examples.
         classes: whether to learn the law of each class.
@@ -57,7 +57,7 @@ class GAN(nn.Module):
         *,
         loss: str = "relativistic",
         gamma: float | None = None,
-        latent: int = 64,
+        latent: int | None = None,
         width: int | None = None,
         depth: int | None = None,
         pac: int = 1,
@@ -78,14 +78,18 @@ class GAN(nn.Module):
         if classes and not facts.classes:
             raise OptionError(f"received classes=True, and {facts.name} has no classes: leave it out")
         self.facts, self.game, self.pac, self.augment = facts, GAMES[loss], pac, augment
-        self.gamma = (GAMMA * facts.dims * self.game.penalised) if gamma is None else gamma
-        self.latent, self.classes = latent, len(facts.classes or ()) if classes else None
-        critic, generator = (ImageCritic, ImageGenerator) if facts.is_image else (VectorCritic, VectorGenerator)
-        size = {"width": width or (32 if facts.is_image else 128)}
-        if depth and not facts.is_image: size["depth"]=depth
-        shape = (pac * facts.shape[0], *facts.shape[1:])
-        self.critic = critic(shape, **size, classes=self.classes)
-        self.generator = generator(facts.shape, latent=latent, **size, classes=self.classes)
+        per_number = (GAMMA_IMAGES if facts.is_image else GAMMA_VECTORS) * self.game.penalised
+        self.gamma = per_number * facts.dims if gamma is None else gamma
+        self.classes = len(facts.classes or ()) if classes else None
+        packed_shape = (pac * facts.shape[0], *facts.shape[1:])
+        if facts.is_image:
+            self.latent, width, depth = latent or 64, width or 32, depth or 1
+            self.critic: nn.Module = ImageCritic(packed_shape, width, depth, classes=self.classes)
+            self.generator: nn.Module = ImageGenerator(facts.shape, self.latent, width, depth, classes=self.classes)
+        else:
+            self.latent, width, depth = latent or min(facts.dims, 64), width or 128, depth or 4
+            self.critic = VectorCritic(packed_shape, width, depth, classes=self.classes)
+            self.generator = VectorGenerator(facts.shape, self.latent, width, depth, classes=self.classes)
 
     @property
     def device(self) -> torch.device:
@@ -101,9 +105,9 @@ class GAN(nn.Module):
 
     def critic_loss(self, batch: Batch) -> Tensor:
         """What the critic minimises, see `losses`; the generator is given no gradient."""
-        fake = self._made(batch)
         with torch.no_grad():
-            real, fake = self._seen(batch.x, batch.rows), self._seen(self.generator(*fake), batch.rows)
+            fake = self._seen(self.generator(*self._made(batch)), batch.rows)
+            real = self._seen(batch.x, batch.rows)
         labels = self._told(batch)
         if self.gamma == 0:
             return self.game.critic(self.critic(real, labels), self.critic(fake, labels))
@@ -121,7 +125,7 @@ class GAN(nn.Module):
             return self.game.generator(real, fake)
 
     def sample(self, n: int, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None) -> Tensor:
-        """n examples in the data's own units: integer levels, or real values. Example i has the stream (rng, start + i).
+        """n examples in the data's own units: integer levels, or real values. Example i has stream (rng, start + i).
 
         A model that knows classes draws from those of `labels`, int64, shape (n,), or from all of them alike.
 
@@ -173,15 +177,18 @@ class GAN(nn.Module):
 
     def _check(self, n: int, labels: Tensor) -> None:
         if self.classes is None:
-            raise OptionError("received labels, and this model knows no classes: train with classes, or leave them out")
+            raise OptionError(
+                "received labels, and this model knows no classes: train one with classes=true, or leave them out"
+            )
         if labels.shape != (n,) or not bool(((labels >= 0) & (labels < self.classes)).all()):
             raise OptionError(
-                f"received labels of shape {tuple(labels.shape)} for {n} samples: give one of 0 .. {self.classes - 1} each"
+                f"received labels of shape {tuple(labels.shape)} for {n} samples: give one each, of classes 0 to "
+                f"{self.classes - 1}"
             )
 
 
 def packed(x: Tensor, pac: int) -> Tensor:
-    """Every `pac` consecutive examples as one, along the first axis of an example; the first ones again to fill the last.
+    """Every `pac` consecutive examples as one, along their first axis; the first ones again to fill the last.
 
     Reference: Lin et al. (2018), PacGAN, section 3.
 

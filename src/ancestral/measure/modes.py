@@ -1,0 +1,84 @@
+"""Which modes of a mixture a set of samples reaches, and how much of it lies at one."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ancestral import toys
+from ancestral.errors import OptionError
+
+REACH = 3.0
+"""Mahalanobis distance from a mean below which a sample counts to its mode."""
+
+
+@dataclass(frozen=True)
+class Modes:
+    """What a set of samples reaches.
+
+    Attributes:
+        hit: modes to which at least one sample counts.
+        of: modes that there are.
+        high_quality: share of the samples that count to a mode.
+        reverse_kl: KL(q || p) in nats, q the shares of the modes among the samples that count and p their weights: 0
+            when all modes are met as often as they should be, infinite when no sample counts.
+        least: the smallest share of a mode, relative to its weight.
+    """
+
+    hit: int
+    of: int
+    high_quality: float
+    reverse_kl: float
+    least: float
+
+
+def modes(law: toys.Mixture, x: Tensor) -> Modes:
+    """The modes of a mixture that samples reach.
+
+    A sample counts to the mode whose mean is nearest in Mahalanobis distance, d_k^2 = (x - m_k)^T S_k^-1 (x - m_k), if
+    that distance is below `REACH`. Of exact draws from modes that lie far apart in two dimensions, all but e^(-9/2)
+    count; see `expected_quality`.
+
+    Reference: Srivastava et al. (2017), VEEGAN, section 5; Lin et al. (2018), PacGAN, section 4, for the KL.
+
+    Args:
+        law: whose modes they are.
+        x: samples in the units of the law, shape (n, D).
+
+    Raises:
+        OptionError: if there are no samples, or of another dimension.
+
+    Example:
+        >>> ring = toys.ring_8()
+        >>> modes(ring, ring.means[:6]).hit, round(modes(ring, ring.means).reverse_kl, 9)
+        (6, 0.0)
+    """
+    if x.ndim != 2 or x.shape[1] != law.dim or len(x) == 0:
+        raise OptionError(f"received samples of shape {tuple(x.shape)}: give at least one, as (n, {law.dim})")
+    offsets = x.double()[:, None] - law.means
+    squared = torch.einsum("nkd,kde,nke->nk", offsets, torch.linalg.inv(law.covs), offsets)
+    nearest, k = squared.min(1)
+    counts = torch.bincount(k[nearest < REACH**2], minlength=len(law.weights)).double()
+    total = counts.sum()
+    q = counts / total.clamp(min=1)
+    return Modes(
+        hit=int((counts > 0).sum()),
+        of=len(counts),
+        high_quality=float(total / len(x)),
+        reverse_kl=float(torch.special.xlogy(q, q / law.weights).sum()) if total else math.inf,
+        least=float((q / law.weights).min()),
+    )
+
+
+def expected_quality(dim: int) -> float:
+    """P(chi^2_D < REACH^2): the high-quality share of exact draws where no two modes overlap.
+
+    Reference: the regularised incomplete gamma function P(D / 2, REACH^2 / 2).
+
+    Example:
+        >>> round(expected_quality(2), 6), round(1 - math.exp(-9 / 2), 6)
+        (0.988891, 0.988891)
+    """
+    half = torch.tensor([dim / 2, REACH**2 / 2], dtype=torch.float64)
+    return float(torch.special.gammainc(half[0], half[1]))
