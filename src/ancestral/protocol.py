@@ -61,14 +61,14 @@ class Generative(Protocol):
 
     def players(self) -> Mapping[str, Player]: ...
 
-    def sample(self, n: int, *, rng: Seeds = 0) -> Tensor: ...
+    def sample(self, n: int, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None) -> Tensor: ...
 
 
 @runtime_checkable
 class HasDensity(Protocol):
     """A family that can say how likely an example is."""
 
-    def log_prob(self, x: Tensor, *, rng: Seeds = 0) -> Density: ...
+    def log_prob(self, x: Tensor, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None) -> Density: ...
 
 
 @runtime_checkable

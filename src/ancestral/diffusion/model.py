@@ -258,14 +258,16 @@ class Diffusion(nn.Module):
         steps: int | Tensor = 50,
         sampler: samplers.Sampler = samplers.ancestral,
         rng: Seeds = 0,
+        start: int = 0,
         labels: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """n examples in the data's own units: integer levels, or real values. Example i depends on seed i alone.
 
-        A model that knows classes draws from those of `labels`, int64, shape (n,), or from all of them.
+        They are examples start, ..., start + n - 1 of those that the seed gives. A model that knows classes draws from
+        those of `labels`, int64, shape (n,), or from all of them.
         """
-        for point in self.sample_path(n, steps=steps, sampler=sampler, rng=rng, labels=labels, **options):
+        for point in self.sample_path(n, steps=steps, sampler=sampler, rng=rng, start=start, labels=labels, **options):
             x = point.x
         return self.facts.to_raw(x.cpu())
 
@@ -411,9 +413,12 @@ class Diffusion(nn.Module):
         result = flow.flow_likelihood(self.denoiser, x_0, rng=each, levels=levels, **options)
         return result if levels else result.shifted(-self.facts.scale.log_det(self.facts.shape))
 
-    def log_prob(self, x: Tensor, *, rng: Seeds = 0) -> Density:
-        """A lower bound on log p(x) in nats, from all terms of the chain with one draw of noise each."""
-        return Density(-self.bound(x, rng=rng).nats, "lower bound")
+    def log_prob(self, x: Tensor, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None) -> Density:
+        """A lower bound on log p(x) in nats, from all terms of the chain with one draw of noise each.
+
+        Of examples start, start + 1, ... in the user's units; given their classes, if labels are.
+        """
+        return Density(-self.bound(x, rng=rng, start=start, denoiser=self.given(labels)).nats, "lower bound")
 
     def encode(self, x: Tensor, *, steps: int = 100) -> Tensor:
         """The latent of each example: the probability-flow ODE followed up the default grid, in the model's units.

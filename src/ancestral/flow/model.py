@@ -221,8 +221,8 @@ class Flow(nn.Module):
             raise OptionError(
                 f"received {draws} draws: data on levels takes 1 or more, real-valued data has nothing to draw"
             )
-        levels = self.facts.levels
-        if levels is not None and bool(((x != x.round()) | (x < 0) | (x >= levels)).any()):
+        levels, given = self.facts.levels, x.double()
+        if levels is not None and bool(((given != given.round()) | (given < 0) | (given >= levels)).any()):
             raise OptionError(f"received values that are not levels: {self.facts.name} has 0 to {levels - 1}")
         x, context, each = self._model_units(x), self._context(len(x), labels), streams(rng, len(x), start=start)
         if levels is None:

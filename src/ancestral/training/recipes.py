@@ -156,7 +156,7 @@ def continuous(facts: Facts) -> Setup:
     Reference: Lipman et al. (2023), section 4.1; Liu et al. (2023), for the path.
     """
     setup = choose(facts).model_copy(update={"recipe": "continuous", "family": "flow"})
-    straight = {"process": ProcessSection(schedule="rectified"), "diffusion": DiffusionSection(predicts="velocity")}
+    straight = {"process": ProcessSection(schedule="straight"), "diffusion": DiffusionSection(predicts="velocity")}
     return setup.model_copy(update=straight)
 
 
