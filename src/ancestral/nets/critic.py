@@ -89,7 +89,9 @@ class Score(nn.Module):
     def __init__(self, features: int, classes: int | None = None) -> None:
         super().__init__()
         self.every = scaled(nn.Linear(features, 1))
-        self.label = zeroed(nn.Embedding(classes, features)) if classes else None
+        self.label = nn.Embedding(classes, features) if classes else None
+        if self.label is not None:
+            zeroed(self.label)
 
     def forward(self, h_BE: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, E), labels (B,) -> (B,)."""
