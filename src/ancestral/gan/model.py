@@ -104,12 +104,15 @@ class GAN(nn.Module):
         }
 
     def critic_loss(self, batch: Batch) -> Tensor:
-        """What the critic minimises, see `losses`; the generator is given no gradient."""
+        """What the critic minimises, see `losses`; the generator is given no gradient.
+
+        Where no gradients are asked for, it is the loss of the game alone, without the penalty that is made of them.
+        """
         with torch.no_grad():
             fake = self._seen(self.generator(*self._made(batch)), batch.rows)
             real = self._seen(batch.x, batch.rows)
         labels = self._told(batch)
-        if self.gamma == 0:
+        if self.gamma == 0 or not torch.is_grad_enabled():
             return self.game.critic(self.critic(real, labels), self.critic(fake, labels))
         both = None if labels is None else torch.cat([labels, labels])
         scores, squares = squared_gradient(lambda x: self.critic(x, both), torch.cat([real, fake]))
