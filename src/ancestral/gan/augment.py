@@ -28,7 +28,7 @@ def augmented(x_BCHW: Tensor, rng: Rng) -> Tensor:
 
     Args:
         x_BCHW: images in the model's units, shape (B, C, H, W).
-        rng: from which five numbers are drawn for each image.
+        rng: from which six numbers are drawn for each image.
 
     Example:
         >>> from ancestral.rng import streams

@@ -209,8 +209,11 @@ def packed(x: Tensor, pac: int) -> Tensor:
 @contextmanager
 def _still(module: nn.Module) -> Iterator[None]:
     """Within it a gradient passes through the module and is not gathered in its parameters."""
-    module.requires_grad_(False)
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        module.requires_grad_(True)
+        for parameter in learning:
+            parameter.requires_grad_(True)
