@@ -48,7 +48,7 @@ def trained(data: Data, seed: int, game: str, gamma: float | None, section: Trai
         row["said"].append(str(error))
     row["seconds"] = round(time.process_time() - began, 1)
     held_out = data.facts.scale.forward(data.held_out[:256])
-    row["standing"] = asdict(model.standing(Batch(batch.x, Rows((seed, 2), 256)), held_out))
+    row["standing"] = dict(model.standing(Batch(batch.x, Rows((seed, 2), 256)), held_out))
     model.generator = state.averages["generator"][section.ema].module
     return row | measured(data, model.sample(len(data.held_out), rng=seed))
 

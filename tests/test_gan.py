@@ -1,5 +1,6 @@
 """The adversarial family: its losses in closed form, the game they make, and what each of its parts promises."""
 
+import json
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from ancestral.data import load
-from ancestral.errors import OptionError
+from ancestral.errors import Diverged, OptionError
 from ancestral.gan import augment, diagnostics
 from ancestral.gan.losses import GAMES, squared_gradient
 from ancestral.gan.model import GAN, packed
@@ -16,6 +17,7 @@ from ancestral.nets.critic import ImageCritic, ImageGenerator, VectorCritic, res
 from ancestral.protocol import Batch, Generative
 from ancestral.rng import Rows, randn, stream, streams
 from ancestral.toys import ring_8
+from ancestral.training import start
 from ancestral.training.loop import State, TrainingSection, steps
 
 each_game = pytest.mark.parametrize("name", GAMES)
@@ -400,3 +402,19 @@ def test_a_few_seconds_of_training_reach_every_mode_of_the_ring():
     assert found.hit == 8
     assert found.high_quality > 2 * before
     assert found.reverse_kl < 0.2
+
+
+def test_a_run_whose_generator_collapses_stops_and_says_so(tmp_path, monkeypatch):
+    """The last good checkpoint is of before: one of a collapsed generator is not written."""
+    monkeypatch.setattr("ancestral.training.run.SETTLED", 4)
+    looks = iter([None, "all are alike"])
+    monkeypatch.setattr(GAN, "check", lambda self, batch: next(looks))
+    changes = ["training.checkpoint_every=3"]
+    made = start.prepare(load("ring-8"), to=tmp_path / "run", family="gan", steps=12, changes=changes)
+    with pytest.raises(
+        Diverged, match=r"step 9: training has collapsed, all are alike; .*step-0000006 is the last good"
+    ):
+        for _ in made.steps():
+            pass
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert set(rows[-1]["standing"]) == {"real", "fake", "steep_real", "steep_fake", "gap"}

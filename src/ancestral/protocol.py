@@ -65,6 +65,19 @@ class Generative(Protocol):
 
 
 @runtime_checkable
+class Watchful(Protocol):
+    """A family whose training can go wrong unseen by its losses."""
+
+    def check(self, batch: Batch) -> str | None:
+        """Why there is no use in going on, as the end of a sentence, or None."""
+        ...
+
+    def standing(self, batch: Batch, held_out: Tensor) -> Mapping[str, float]:
+        """How training stands, on a batch and on held-out examples in the model's units."""
+        ...
+
+
+@runtime_checkable
 class HasDensity(Protocol):
     """A family that can say how likely an example is."""
 

@@ -189,7 +189,8 @@ def test_a_class_that_was_learnt_is_what_is_drawn_and_one_that_was_not_is_refuse
         "training.rate=0.01",
         "training.warmup=0",
     ]
-    run = start.train(data, to=tmp_path / "run", recipe=variant, steps=250, changes=changes)
+    steps = 600 if variant == "gan" else 250
+    run = start.train(data, to=tmp_path / "run", recipe=variant, steps=steps, changes=changes)
     model, n = checkpoint.load(run.path), 8
     dark, bright = (model.sample(n, rng=0, labels=torch.full((n,), label)).double().mean() for label in (0, 1))
     assert bright > dark + 3

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ancestral.data import Facts
 from ancestral.errors import OptionError, unknown
 from ancestral.gan.augment import augmented
-from ancestral.gan.diagnostics import Standing, collapsed, standing
+from ancestral.gan.diagnostics import collapsed, standing
 from ancestral.gan.losses import GAMES, squared_gradient
 from ancestral.nets.critic import ImageCritic, ImageGenerator, VectorCritic, VectorGenerator
 from ancestral.protocol import Batch, Player
@@ -149,11 +150,12 @@ class GAN(nn.Module):
                 parts.append(self.facts.to_raw(self.generator(z[rows].to(self.device), told).cpu()))
         return torch.cat(parts)
 
-    def standing(self, batch: Batch, held_out: Tensor) -> Standing:
+    def standing(self, batch: Batch, held_out: Tensor) -> Mapping[str, float]:
         """How the game stands on a batch and on held-out examples in the model's units; see `diagnostics.standing`."""
         with torch.no_grad():
             fake = self.generator(*self._made(batch))
-        return standing(lambda x: self.critic(packed(x, self.pac)), batch.x, fake, held_out)
+        found = standing(lambda x: self.critic(packed(x, self.pac)), batch.x, fake, held_out)
+        return asdict(found)
 
     def check(self, batch: Batch) -> str | None:
         """Why the generator has collapsed, on samples made beside a batch, or None; see `diagnostics.collapsed`."""

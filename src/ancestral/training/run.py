@@ -28,16 +28,22 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from ancestral import data as sources
 from ancestral.data import Data, draw
 from ancestral.data.dataset import Progress
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import Diverged, NoSpace, RunError, Stopped
+from ancestral.protocol import Batch, Watchful
+from ancestral.rng import Rows
 from ancestral.training import average, checkpoint, durable, loop
 from ancestral.training.loop import Record, State
 from ancestral.training.recipes import Model
 from ancestral.training.settings import Setup
+
+SETTLED, LOOKED = 1000, 256
+"""Steps before which a model that looks collapsed has only not begun, and examples that it is looked at with."""
 
 SHOWN, POINTS = 64, 2000
 """Images in a grid, and points in a scatter."""
@@ -110,6 +116,8 @@ class Run:
             records = loop.steps(self.state, self.data, self.total, seed=self.seed, start=self.done, stop=stop)
             for record in records:
                 step = record.step
+                if step >= SETTLED and step in schedule.checkpoints:
+                    self._watch(step)
                 self._keep(record, schedule, rows)
                 yield record
             if step < self.total:
@@ -160,6 +168,24 @@ class Run:
             with (self.path / "log.txt").open("a") as file:
                 file.write(line + "\n")
 
+    def _watch(self, step: int) -> None:
+        """Stops a run that there is no use in going on with, before it has a checkpoint of it.
+
+        Raises:
+            Diverged: saying why.
+        """
+        if isinstance(self.model, Watchful) and (reason := self.model.check(self._examples(step)[0])):
+            raise Diverged(
+                f"step {step}: training has collapsed, {reason}; try another --seed, a larger --set training.batch, or "
+                f"a lower rate, such as --set training.rate={self.setup.training.rate / 4:g}"
+            )
+
+    def _examples(self, step: int) -> tuple[Batch, Tensor]:
+        """Examples and randomness for looking at a model after a step, and as many held-out examples."""
+        n = min(LOOKED, len(self.data.train), len(self.data.held_out))
+        batch = Batch(self.data.batch(range(n)), Rows((self.seed, step), n))
+        return batch, self.data.facts.scale.forward(self.data.held_out[:n])
+
     def _keep(self, record: Record, schedule: "_Schedule", rows: list[str]) -> None:
         """Write what is due after a step. The checkpoint comes last, so a run that goes on from it has the rest."""
         step, held_out, row = record.step, None, _metrics(record)
@@ -171,10 +197,15 @@ class Run:
             model = checkpoint.averaged(tensors, self.setup, self.data.facts).to(self.state.group.device)
         if due:
             held_out = row["held_out"] = round(sum(loop.held_out_loss(model, self.data, self.seed).values()), 6)
+        best = None if isinstance(self.model, Watchful) else held_out  # the losses of a game are no measure of it
         if drawn:
             self._draw(model, step)
         if kept:
             checkpoint.save_averages(self.path, tensors, step)
+        if due and isinstance(self.model, Watchful):
+            row["standing"] = {
+                key: round(value, 6) for key, value in self.model.standing(*self._examples(step)).items()
+            }
         if due or step in schedule.rows:
             rows.append(json.dumps(row) + "\n")
             with (self.path / "metrics.jsonl").open("a") as metrics, (self.path / "pace.jsonl").open("a") as pace:
@@ -182,7 +213,7 @@ class Run:
                 pace.write(json.dumps(self._pace(record)) + "\n")
         if due:
             durable.write(self.path / "metrics.jsonl", "".join(rows).encode())
-            self._checkpoint(tensors, step, held_out)
+            self._checkpoint(tensors, step, best)
 
     def _checkpoint(self, tensors: checkpoint.Tensors, step: int, held_out: float | None) -> None:
         if self.state.group.first:
