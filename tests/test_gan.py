@@ -411,10 +411,9 @@ def test_a_run_whose_generator_collapses_stops_and_says_so(tmp_path, monkeypatch
     monkeypatch.setattr(GAN, "check", lambda self, batch: next(looks))
     changes = ["training.checkpoint_every=3"]
     made = start.prepare(load("ring-8"), to=tmp_path / "run", family="gan", steps=12, changes=changes)
-    with pytest.raises(
-        Diverged, match=r"step 9: training has collapsed, all are alike; .*step-0000006 is the last good"
-    ):
+    with pytest.raises(Diverged, match=r"step 9: .* collapsed, all are alike; .*step-0000006 is the last good"):
         for _ in made.steps():
             pass
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert set(rows[-1]["standing"]) == {"real", "fake", "steep_real", "steep_fake", "gap"}
+    (found,) = [row["standing"] for row in rows if "standing" in row][-1:]
+    assert set(found) == {"real", "fake", "steep_real", "steep_fake", "gap"}

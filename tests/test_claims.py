@@ -1,0 +1,122 @@
+"""The founding claims, on models and samples of which the answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ancestral import toys
+from ancestral.data import load
+from ancestral.diffusion.likelihood import mean_and_stderr
+from ancestral.measure import claims, samples
+from ancestral.protocol import Density
+from ancestral.rng import stream
+from ancestral.training import recipes
+
+DIGITS = load("digits")
+
+
+def stacks(n: int, classes: int, seed: int = 0) -> torch.Tensor:
+    """Three real digits as the channels of an image, of so many classes."""
+    known = torch.tensor([int(name) for name in DIGITS.facts.classes])[DIGITS.train_labels] < classes
+    pool = DIGITS.train[known]
+    rows = torch.from_numpy(np.random.default_rng(seed).integers(len(pool), size=(n, 3)))
+    return pool[rows].flatten(1, 2)
+
+
+def test_real_stacks_show_all_triples_as_often_as_chance_has_it():
+    found = claims.stacked(stacks(10_000, 10), DIGITS)
+    assert found.triples > 995  # a triple is left out by chance once in e^10
+    assert found.kl == pytest.approx(found.of_data, rel=0.2)
+
+
+def test_stacks_of_five_classes_show_an_eighth_of_the_triples_and_the_divergence_of_that():
+    found = claims.stacked(stacks(10_000, 5), DIGITS)
+    assert found.triples == 125
+    assert found.kl == pytest.approx(3 * math.log(2), rel=0.02)
+
+
+def test_what_chance_leaves_is_that_of_a_simulation():
+    counts = torch.from_numpy(np.random.default_rng(0).multinomial(500, [1 / 50] * 50, size=400)).double()
+    q = counts / 500
+    simulated, stderr = mean_and_stderr(torch.special.xlogy(q, q * 50).sum(1))
+    assert abs(claims._uniform_kl(500, 50) - simulated) < 4 * stderr
+
+
+class Plane:
+    """A density of the plane and its own code, of which all is known."""
+
+    def __init__(self, law: toys.Toy) -> None:
+        self.law = law
+
+    def log_prob(self, x, *, rng=0, start=0, labels=None):
+        return Density(self.law.log_prob(x.double()), "exact")
+
+    def encode(self, x):
+        return x
+
+    def decode(self, z):
+        return z
+
+
+def test_the_integral_of_an_exact_density_is_one_and_of_half_of_it_a_half():
+    law = toys.named("gaussian")
+    spread = 9 * law.cov.diagonal().sqrt()
+    low, high = law.mean - spread, law.mean + spread
+    assert claims.integral(Plane(law), low, high) == pytest.approx(1, abs=1e-6)
+    half = torch.stack([law.mean[0], high[1]])
+    assert claims.integral(Plane(law), low, half) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_straight_walk_has_length_and_jump_one_and_a_bent_one_more():
+    x, y = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    straight = claims.line(Plane(toys.named("gaussian")), x, y)
+    assert (straight.length, straight.jump) == pytest.approx((1, 1))
+
+    class Arc(Plane):
+        def decode(self, z):
+            angle = math.pi * z[:, :1].double()
+            return torch.cat([angle.cos(), angle.sin()], 1)
+
+    bent = claims.line(Arc(toys.named("gaussian")), x, y, steps=64)
+    assert bent.length == pytest.approx(math.pi / 2, rel=1e-3)
+    assert bent.jump == pytest.approx(bent.length, rel=1e-6)
+
+
+def test_the_bound_of_an_untrained_model_of_a_gaussian_stands_above_its_entropy():
+    data = load("gaussian")
+    model = recipes.build(recipes.choose(data.facts), data.facts)
+    entropy = toys.named("gaussian").entropy()
+    found = claims.tightness(model, data.held_out[:20], entropy=entropy)
+    assert found["bound - entropy"][0] == pytest.approx(found["bound"][0] - entropy)
+    assert found["bound - ODE"][0] == pytest.approx(found["bound"][0] - found["ODE"][0], abs=1e-9)
+
+
+def test_a_set_and_its_other_half_are_one_law_and_a_copy_is_told():
+    """Samples that are training data are all nearer to it; a shift of the mean is seen by many standard errors."""
+    real = samples.compare(lambda n: DIGITS.train[-n:], DIGITS)
+    assert abs(real.model.energy.value) < 3 * real.model.energy.stderr
+    assert abs(real.model.copied.value - 0.5) < 4 * real.model.copied.stderr
+    assert real.training.copied.value == 1
+    brighter = samples.compare(lambda n: (DIGITS.train[-n:] + 2).clamp(max=16), DIGITS)
+    assert brighter.model.energy.value > 5 * brighter.model.energy.stderr
+
+
+def test_the_energy_distance_of_two_normal_laws_is_that_in_closed_form():
+    """2 E|N(1, 2)| - 2 E|N(0, 2)| in one dimension."""
+    x, y = (torch.from_numpy(stream(seed).standard_normal((2000, 1))) for seed in (0, 1))
+    sigma = math.sqrt(2)
+    folded = sigma * math.sqrt(2 / math.pi) * math.exp(-1 / 4) + math.erf(1 / 2)
+    exact = 2 * folded - 2 * sigma * math.sqrt(2 / math.pi)
+    found = samples.energy(x + 1, y)
+    assert abs(found.value - exact) < 4 * found.stderr
+    assert found.stderr < 0.1 * exact
+
+
+def test_a_run_that_failed_is_counted():
+    assert claims.spread([None, None, 1.0]).failed == pytest.approx(2 / 3)
+    calm, restless = claims.oscillation([5, 4, 3, 2, 1, 1, 1, 1]), claims.oscillation([5, 4, 3, 2, 1, 3, 1, 3])
+    assert calm == (0, 0)
+    assert restless[0] > 0.5
+    assert restless[1] == pytest.approx(1)
