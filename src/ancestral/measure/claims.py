@@ -1,8 +1,8 @@
 """What is said of the four families, as numbers: each claim a function with its definition and its reference.
 
-GANs are unstable and leave modes out: `spread`, `oscillation`, `modes.modes` and `stacked`. A VAE optimises a surrogate,
-and its latents are smooth: `gap_chain`, `line`. A flow's density is normalised: `integral`; that it inverts is
-`Flow.round_trip`. The bound of a diffusion model is tight: `tightness`.
+GANs are unstable and leave modes out: `spread`, `oscillation`, `modes.modes` and `stacked`. A VAE optimises a
+surrogate, and its latents are smooth: `gap_chain`, `line`. A flow's density is normalised: `integral`; that it inverts
+is `Flow.round_trip`. The bound of a diffusion model is tight: `tightness`.
 """
 
 import math
@@ -98,11 +98,11 @@ class Stacked:
 
 
 def stacked(x: Tensor, data: Data) -> Stacked:
-    """Which triples of classes are in images of three channels, each an image of the data; classes by nearest neighbour.
+    """Which triples of classes are in images of three channels, told for each channel by its nearest neighbour.
 
     The expectation of KL(q || u) for n exact draws is about (C^3 - 1) / 2n where n is large.
 
-    Reference: Metz et al. (2017), unrolled GANs, section 3.3; Lin et al. (2018), section 4.2. Miller (1955) for the bias.
+    Reference: Metz et al. (2017), unrolled GANs, section 3.3; Lin et al. (2018), section 4.2; Miller (1955), the bias.
 
     Args:
         x: samples in the data's units, shape (n, 3, H, W).
@@ -118,9 +118,8 @@ def stacked(x: Tensor, data: Data) -> Stacked:
             "channels for images of one, with labels"
         )
     train = data.train.double().flatten(1)
-    nearest = torch.cat(
-        [torch.cdist(part, train).argmin(1) for part in x.double().flatten(2).flatten(0, 1).split(AT_ONCE)]
-    )
+    parts = torch.split(x.double().flatten(2).flatten(0, 1), AT_ONCE)
+    nearest = torch.cat([torch.cdist(part, train).argmin(1) for part in parts])
     label, C = data.train_labels[nearest].view(-1, 3), len(classes)
     counts = torch.bincount((label * torch.tensor([C * C, C, 1])).sum(1), minlength=C**3).double()
     q = counts / counts.sum()
@@ -180,7 +179,7 @@ def line(model: HasLatent, x: Tensor, y: Tensor, *, steps: int = 16) -> Line:
 
     A line between examples themselves has length and jump 1. Rounding to levels makes a walk longer than it would be.
 
-    Reference: Karras et al. (2019), section 4.1, perceptual path length, here of the values themselves and of whole walks.
+    Reference: Karras et al. (2019), section 4.1, perceptual path length; here of the values themselves, over whole walks.
 
     Args:
         model: with latents.
@@ -213,7 +212,7 @@ def integral(model: HasDensity, low: Tensor, high: Tensor, *, points: int = 400)
         )
     sides = [torch.linspace(float(a), float(b), 2 * points + 1)[1::2] for a, b in zip(low, high, strict=True)]
     nodes = torch.cartesian_prod(*sides)
-    nats = torch.cat([model.log_prob(part).nats.double() for part in nodes.split(AT_ONCE)])
+    nats = torch.cat([model.log_prob(part).nats.double() for part in torch.split(nodes, AT_ONCE)])
     return float(nats.exp().sum() * (high - low).double().prod() / points**2)
 
 
