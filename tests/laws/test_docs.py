@@ -19,6 +19,12 @@ def test_the_readme_s_python_runs_as_printed(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "api" / "final").is_dir()
 
 
+def test_the_python_about_the_families_runs_as_printed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "families.md").read_text(), re.DOTALL)
+    exec(compile(code, "families.md", "exec"), {})
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_and_picture_is_there(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -179,7 +179,7 @@ def line(model: HasLatent, x: Tensor, y: Tensor, *, steps: int = 16) -> Line:
 
     A line between examples themselves has length and jump 1. Rounding to levels makes a walk longer than it would be.
 
-    Reference: Karras et al. (2019), section 4.1, perceptual path length; here of the values themselves, over whole walks.
+    Reference: Karras et al. (2019), section 4.1, perceptual path length; here of values, over whole walks.
 
     Args:
         model: with latents.
