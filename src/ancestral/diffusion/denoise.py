@@ -10,6 +10,7 @@ row recovers its historical loss.
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
@@ -173,10 +174,13 @@ class NetworkDenoiser(Denoiser):
         return c_skip * x_t + c_out * out.to(x_t.dtype)
 
     def affine(self, x_t: Tensor, t: Instant, a: float, b: float, labels: Tensor | None = None) -> Tensor:
-        """a x_t + b E[x_0 | x_t] = (a + b c_skip) x_t + b c_out net(c_in x_t, c_noise): two operations on x_t."""
+        """a x_t + b E[x_0 | x_t] = (a + b c_skip) x_t + b c_out net(c_in x_t, c_noise): two operations, or one."""
         c_skip, c_out, c_in = self.coefficients(t)
         out = self._ask(self.net, x_t if abs(c_in - 1) < 1e-15 else x_t * c_in, t, labels)
-        return (x_t * (a + b * c_skip)).add_(out, alpha=b * c_out)
+        own = a + b * c_skip
+        if abs(own) <= 1e-15 * abs(a):  # what the network puts out is what is asked for
+            return (out * (b * c_out)).to(x_t.dtype)
+        return (x_t * own).add_(out, alpha=b * c_out)
 
     def moments(self, x_t: Tensor, t: Time, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """E[x_0 | x_t] and Var[x_0 | x_t], from a network that puts out a posterior over levels."""
@@ -202,14 +206,23 @@ class NetworkDenoiser(Denoiser):
 
     def _ask(self, net: Any, x: Tensor, t: Time, labels: Tensor | None) -> Any:
         if isinstance(t, Instant):
-            c_noise = x.new_full((len(x),), min(max(t.log_snr, LOG_SNR_MIN), -LOG_SNR_MIN))
+            c_noise = _level(t.log_snr, x.shape[0], x.dtype, x.device)
         else:
             c_noise = self.process.log_snr(t).clamp(LOG_SNR_MIN, -LOG_SNR_MIN).to(x).expand(len(x))
         given = () if labels is None else (labels,)
         with _COUNTING:
-            self._asked[0] += len(x)
-        with torch.inference_mode(not torch.is_grad_enabled()):  # no_grad, and less is kept in mind of each tensor
+            self._asked[0] += x.shape[0]
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return net(x, c_noise, *given)
+        with torch.inference_mode():  # no_grad, and less is kept in mind of each tensor
+            return net(x, c_noise, *given)
+
+
+@lru_cache(256)
+def _level(log_snr: float, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The log-SNR as networks are told it, for n examples: one for all walks that pass by."""
+    with torch.inference_mode(False):
+        return torch.full((n,), min(max(log_snr, LOG_SNR_MIN), -LOG_SNR_MIN), dtype=dtype, device=device)
 
 
 class Given(Denoiser):

@@ -265,9 +265,10 @@ class Diffusion(nn.Module):
 
         A model that knows classes draws from those of `labels`, int64, shape (n,), or from all of them.
         """
-        for point in self.sample_path(n, steps=steps, sampler=sampler, rng=rng, labels=labels, **options):
-            x = point.x
-        return self.facts.to_raw(x.cpu())
+        with torch.inference_mode():
+            for point in self.sample_path(n, steps=steps, sampler=sampler, rng=rng, labels=labels, **options):
+                x = point.x
+        return self.facts.to_raw(x.cpu().clone())
 
     def sample_batches(
         self,
@@ -309,10 +310,11 @@ class Diffusion(nn.Module):
             size = min(batch, n - first)
             watched = Watched(self.given(None if labels is None else labels[first : first + size]))
             path = self.sample_path(size, rng=rng, start=start + first, denoiser=watched, **options)
-            for glimpse in glimpses(path, watched):
-                if watch:
-                    watch(start + first, glimpse)
-            yield self.facts.to_raw(glimpse.x_t.cpu())
+            with torch.inference_mode():
+                for glimpse in glimpses(path, watched):
+                    if watch:
+                        watch(start + first, glimpse)
+            yield self.facts.to_raw(glimpse.x_t.cpu().clone())
 
     def sample_path(
         self,

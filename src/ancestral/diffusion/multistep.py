@@ -233,9 +233,9 @@ def _linear(x: Tensor, t: Instant, s: Instant, tau: float, rng: Rng | None) -> t
     return rest, s.alpha * -math.expm1(-h - fresh), h + fresh
 
 
-def _sum(rest: Tensor, b: float, known: Known, shares: Sequence[float]) -> Tensor:
-    """rest + b sum_j w_j f_j."""
-    x = rest.add(known[0][1], alpha=b * shares[0])
+def _sum(rest: Tensor, b: float, known: Known, shares: Sequence[float], keep: bool) -> Tensor:
+    """rest + b sum_j w_j f_j, in the place of rest unless that is kept."""
+    x = rest.add(known[0][1], alpha=b * shares[0]) if keep else rest.add_(known[0][1], alpha=b * shares[0])
     for (_, f), share in zip(known[1:], shares[1:], strict=False):
         x.add_(f, alpha=b * share)
     return x
@@ -281,10 +281,10 @@ def _predicted(
             nodes, shares = known[:2], [0.5, 0.5]
         else:
             nodes, shares = _shared(known, origin, t, kappa, mean and mean(kappa))
-        x = _sum(memory.rest, memory.b, nodes, shares)
+        x = _sum(memory.rest, memory.b, nodes, shares, keep=True)
     known = known[:order]
     rest, b, kappa = _linear(x, t, s, tau, rng)
-    x = _sum(rest, b, *_shared(known, t, s, kappa, mean and mean(kappa)))
+    x = _sum(rest, b, *_shared(known, t, s, kappa, mean and mean(kappa)), keep=len(known) <= corrected)
     return x, Predicted(known, rest, b, kappa)
 
 
@@ -298,22 +298,23 @@ def _by_noise(
     place: Callable[[Instant], float],
     rate: int,
 ) -> tuple[Tensor, Known]:
-    """DDIM's step, and b sum_j w_j (eps_hat_j - eps_hat), the polynomial being one in `place`, and kappa = rate h."""
-    x_0_hat = denoiser(x, t)
-    eps_hat = (x / t.sigma).add_(x_0_hat, alpha=-t.alpha / t.sigma)
-    before, known = memory or (), ((t, eps_hat), *(memory or ()))[:order]
-    h, b = _by_noise_length(t, s)
-    at = tuple([place(i) for i, _ in known])
+    """(alpha_s / alpha_t) x_t + b sum_j w_j eps_hat_j, the polynomial being one in `place`, and kappa = rate h.
+
+    A step with one guess, which is the first, or infinitely long, is DDIM's, through x_0_hat: no signal divides by nothing.
+    """
+    before = memory or ()
+    at = tuple([place(i) for i in (t, *[i for i, _ in before[: order - 1]])])
     if math.isinf(at[-1]):
         at = at[:-1]
+    h, b = _by_noise_length(t, s)
     if math.isinf(h) or len(at) <= 1:
-        return (x_0_hat * s.alpha).add_(eps_hat, alpha=s.sigma), known
-    first, *shares = _shares(at, at[0], place(s), rate * h, h, None)
-    x = (x_0_hat * s.alpha).add_(eps_hat, alpha=s.sigma + b * (first - 1))
-    for (_, f), share in zip(known[1:], shares, strict=False):
-        x.add_(f, alpha=b * share)
+        x_0_hat = denoiser(x, t)
+        eps_hat = (x / t.sigma).add_(x_0_hat, alpha=-t.alpha / t.sigma)
+        return (x_0_hat * s.alpha).add_(eps_hat, alpha=s.sigma), ((t, eps_hat), *before)[:order]
+    known = ((t, denoiser.affine(x, t, 1 / t.sigma, -t.alpha / t.sigma)), *before)[:order]
+    x = _sum(x * (s.alpha / t.alpha), b, known, _shares(at, at[0], place(s), rate * h, h, None), keep=False)
     if len(before) == 1 and order > 2:
-        origin, f = before[0]
+        (_, eps_hat), (origin, f) = known
         h, b = _by_noise_length(origin, t)
         if h <= 1:
             x.add_(eps_hat - f, alpha=s.alpha / t.alpha * b * moments(rate * h, 2)[1])

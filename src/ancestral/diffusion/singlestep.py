@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ancestral import langevin, ode
 from ancestral.diffusion import flow
-from ancestral.diffusion.denoise import Denoiser, reverse
+from ancestral.diffusion.denoise import FIXED, Denoiser, reverse
 from ancestral.diffusion.process import LOG_SNR_MIN, Instant, Process
 from ancestral.errors import OptionError
 from ancestral.rng import Rng, randn_like
@@ -42,10 +42,13 @@ def ancestral_step(
 
     Reference: Ho et al. (2020), algorithm 2. `variance` is one of `denoise.VARIANCES`.
     """
-    mean, var, _ = reverse(denoiser, x, s, t, variance)
-    if s.sigma == 0:
-        return mean, memory
-    return mean + var**0.5 * randn_like(x, rng), memory
+    if variance in FIXED:
+        c_t, c_0, var = denoiser.process.posterior_coefficients(s, t)
+        var = var if variance == "fixed-small" else denoiser.process.transition(s, t)[1]
+        x = denoiser.affine(x, t, c_t, c_0)
+        return (x.add_(randn_like(x, rng), alpha=var**0.5) if s.sigma else x), memory
+    mean, variances, _ = reverse(denoiser, x, s, t, variance)
+    return (mean.add_(variances**0.5 * randn_like(x, rng)) if s.sigma else mean), memory
 
 
 def ddim_step(
