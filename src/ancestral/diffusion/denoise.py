@@ -155,6 +155,10 @@ class NetworkDenoiser(Denoiser):
         """How many examples the network has been given, by all threads together."""
         return self._asked[0]
 
+    @asked.setter
+    def asked(self, n: int) -> None:
+        self._asked[0] = n
+
     @property
     def posterior(self) -> bool:
         """Whether the network puts out a posterior over levels, and so knows Var[x_0 | x_t] too."""

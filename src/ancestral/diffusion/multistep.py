@@ -243,22 +243,18 @@ def _sum(rest: Tensor, b: float, known: Known, shares: Sequence[float], keep: bo
 
 @lru_cache(4096)
 def _shares(at: tuple[float, ...], t: float, s: float, kappa: float, h: float, M_1: float | None) -> list[float]:
-    """w_j of guesses made at these places, in a step from t to s in the same measure; those of two by M_1 if given.
-
-    They depend on the times alone, and are kept for the walks to come on the same grid.
-    """
+    """w_j of guesses at these places in a step from t to s, two by M_1 if given: kept for the next walk on the grid."""
     M = [1.0, M_1] if M_1 and len(at) == 2 else moments(kappa, len(at))
     return bounded([(place - t) / (s - t) for place in at], M, h)
 
 
 def _shared(known: Known, t: Instant, s: Instant, kappa: float, M_1: float | None = None) -> tuple[Known, list[float]]:
     """The guesses that are nodes of the step from t to s, and w_j in lambda."""
-    if math.isinf(s.log_snr - t.log_snr):
-        return known[:1], [1.0]
-    if math.isinf(known[-1][0].log_snr):
-        known = known[:-1]
     h = (s.log_snr - t.log_snr) / 2
-    return known, _shares(tuple([i.log_snr for i, _ in known]), t.log_snr, s.log_snr, kappa, h, M_1)
+    if math.isinf(h):
+        return known[:1], [1.0]
+    at = tuple([i.log_snr for i, _ in known])
+    return known, _shares(at[:-1] if math.isinf(at[-1]) else at, t.log_snr, s.log_snr, kappa, h, M_1)
 
 
 def _predicted(
@@ -277,11 +273,9 @@ def _predicted(
     known = ((t, denoiser(x, t)), *(memory.known if memory else ()))
     if memory and len(memory.known) <= corrected:
         origin, kappa = known[1][0], memory.kappa
-        if math.isinf(origin.log_snr):
-            nodes, shares = known[:2], [0.5, 0.5]
-        else:
-            nodes, shares = _shared(known, origin, t, kappa, mean and mean(kappa))
-        x = _sum(memory.rest, memory.b, nodes, shares, keep=True)
+        even = math.isinf(origin.log_snr)
+        found = (known[:2], [0.5, 0.5]) if even else _shared(known, origin, t, kappa, mean and mean(kappa))
+        x = _sum(memory.rest, memory.b, *found, keep=True)
     known = known[:order]
     rest, b, kappa = _linear(x, t, s, tau, rng)
     x = _sum(rest, b, *_shared(known, t, s, kappa, mean and mean(kappa)), keep=len(known) <= corrected)
@@ -300,28 +294,21 @@ def _by_noise(
 ) -> tuple[Tensor, Known]:
     """(alpha_s / alpha_t) x_t + b sum_j w_j eps_hat_j, the polynomial being one in `place`, and kappa = rate h.
 
-    A step with one guess, which is the first, or infinitely long, is DDIM's, through x_0_hat: no signal divides by nothing.
+    The first step, and one that is infinitely long, is DDIM's, with x_0_hat: it may come from where there is no signal.
     """
-    before = memory or ()
-    at = tuple([place(i) for i in (t, *[i for i, _ in before[: order - 1]])])
-    if math.isinf(at[-1]):
-        at = at[:-1]
-    h, b = _by_noise_length(t, s)
+    before, h = memory or (), (s.log_snr - t.log_snr) / 2
+    at: tuple[float, ...] = (place(t), *[place(i) for i, _ in before[: order - 1]])
+    at = at[:-1] if math.isinf(at[-1]) else at
     if math.isinf(h) or len(at) <= 1:
         x_0_hat = denoiser(x, t)
         eps_hat = (x / t.sigma).add_(x_0_hat, alpha=-t.alpha / t.sigma)
         return (x_0_hat * s.alpha).add_(eps_hat, alpha=s.sigma), ((t, eps_hat), *before)[:order]
     known = ((t, denoiser.affine(x, t, 1 / t.sigma, -t.alpha / t.sigma)), *before)[:order]
-    x = _sum(x * (s.alpha / t.alpha), b, known, _shares(at, at[0], place(s), rate * h, h, None), keep=False)
+    shares = _shares(at, at[0], place(s), rate * h, h, None)
+    x = _sum(x * (s.alpha / t.alpha), s.sigma * -math.expm1(h), known, shares, keep=False)
     if len(before) == 1 and order > 2:
         (_, eps_hat), (origin, f) = known
-        h, b = _by_noise_length(origin, t)
+        h = (t.log_snr - origin.log_snr) / 2
         if h <= 1:
-            x.add_(eps_hat - f, alpha=s.alpha / t.alpha * b * moments(rate * h, 2)[1])
+            x.add_(eps_hat - f, alpha=s.alpha / t.alpha * t.sigma * -math.expm1(h) * moments(rate * h, 2)[1])
     return x, known
-
-
-def _by_noise_length(t: Instant, s: Instant) -> tuple[float, float]:
-    """h and b of a step, for noise prediction."""
-    h = (s.log_snr - t.log_snr) / 2
-    return h, s.sigma * -math.expm1(h) if s.sigma else -math.inf

@@ -1,8 +1,8 @@
 """Steps that remember nothing: from time t to time s, by what the network says at t and perhaps once more.
 
 The probability-flow ODE is written without reference to time, as d(x / alpha) = eps_hat d(sigma / alpha) or as
-d(x / sigma) = x_0_hat d(alpha / sigma) (Song et al. 2021, 2011.13456, eq. 13, in the process's own alpha and sigma). Either
-holds for every process; the first is the better where steps are short, and the second has no singularity at alpha = 0.
+d(x / sigma) = x_0_hat d(alpha / sigma) (Song et al. 2021, 2011.13456, eq. 13). Either holds for every process. As
+measured, the first is nearer where steps are short, and the second has no singularity at alpha = 0.
 """
 
 import math
@@ -18,10 +18,6 @@ from ancestral.diffusion.denoise import FIXED, Denoiser, reverse
 from ancestral.diffusion.process import LOG_SNR_MIN, Instant, Process
 from ancestral.errors import OptionError
 from ancestral.rng import Rng, randn_like
-
-
-LONG = 2.0
-"""By how much a step may multiply errors of eps_hat; a longer one is made with x_0_hat, see `heun_step`."""
 
 
 def drawn(x: Tensor, rng: Rng | None, why: str) -> Tensor:
@@ -86,8 +82,8 @@ def heun_step(
     """Euler to s, x_e, then again from t with a mean of the slopes at both ends; Euler alone where sigma_s = 0.
 
     x_s = (1 - w) x_e + w times Euler's step from x_t with the guess at x_e. Of the noise, as Karras et al. do, but with
-    the weight that is exact while eps_hat is linear in log-SNR, w = 1/h - 1/(e^h - 1), h = lambda_s - lambda_t. Where
-    a step multiplies an error of eps_hat by more than `LONG`, b = alpha_s (rho_t - rho_s), of the data, with w = 1/2.
+    the weight that is exact while eps_hat is linear in log-SNR, w = 1/h - 1/(e^h - 1). Of the data, with w = 1/2, where
+    a step would multiply an error of eps_hat by more than 2: by alpha_s (rho_t - rho_s), rho = sigma / alpha.
 
     With churn, x_t is first taken up to where sigma / alpha is 1 + churn times as much, and the step begins there.
 
@@ -99,7 +95,7 @@ def heun_step(
     if s.sigma == 0:
         return x_e, memory
     h = (s.log_snr - t.log_snr) / 2
-    if s.alpha * t.sigma - s.sigma * t.alpha > LONG * t.alpha:
+    if s.alpha * t.sigma - s.sigma * t.alpha > 2 * t.alpha:
         w, by_x, by_e, by_x_0 = 0.5, s.sigma / t.sigma, 0.0, s.alpha * -math.expm1(-h)
     else:
         w, by_x, by_e, by_x_0 = 1 / h - 1 / math.expm1(h), s.alpha / t.alpha, -math.expm1(h), s.alpha * math.expm1(h)
@@ -109,19 +105,17 @@ def heun_step(
 def midpoint_step(
     denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng | None = None
 ) -> tuple[Tensor, None]:
-    """Euler to the middle in log-SNR, then all of the way with the noise there; Euler alone where there is none.
+    """Euler to the middle in log-SNR; x_s = (alpha_s / alpha_t) x_t + sigma_s (1 - e^h) eps_hat, of the noise there.
 
-    With the guess of x_0 there, as `dpmpp_2s_step`, where the step has h > 1: errors of the noise grow by e^h.
+    A step with h > 1 is that of `dpmpp_2s_step`, with the guess of x_0 there: errors of the noise grow by e^h.
 
     Reference: Lu et al. (2022), DPM-Solver-2; Karras et al. (2022), appendix D.2.
     """
-    if math.isinf(s.log_snr - t.log_snr):
-        return denoiser.affine(x, t, *_ddim(t, s.alpha, s.sigma)), memory
+    h = (s.log_snr - t.log_snr) / 2
+    if h > 1 or math.isinf(h):
+        return dpmpp_2s_step(denoiser, x, t, s, memory)
     middle = denoiser.process.instant((t.log_snr + s.log_snr) / 2)
     x_m = denoiser.affine(x, t, *_ddim(t, middle.alpha, middle.sigma))
-    h = (s.log_snr - t.log_snr) / 2
-    if h > 1:
-        return denoiser.affine(x_m, middle, 0.0, s.alpha * -math.expm1(-h)).add_(x, alpha=s.sigma / t.sigma), memory
     b = s.sigma * -math.expm1(h) / middle.sigma
     return denoiser.affine(x_m, middle, b, -b * middle.alpha).add_(x, alpha=s.alpha / t.alpha), memory
 
@@ -129,13 +123,13 @@ def midpoint_step(
 def dpmpp_2s_step(
     denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng | None = None
 ) -> tuple[Tensor, None]:
-    """x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) x_0_hat, with the guess of the middle in log-SNR, see there.
+    """x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) x_0_hat, with the guess of the middle in log-SNR.
 
-    Reference: Lu et al. (2022), DPM-Solver++, 2211.01095, algorithm 1, with r_1 = 1/2.
+    Euler alone where there is no middle. Reference: Lu et al. (2022), DPM-Solver++, 2211.01095, algorithm 1, r_1 = 1/2.
     """
     h = (s.log_snr - t.log_snr) / 2
     if math.isinf(h):
-        return denoiser.affine(x, t, *_ddim(t, s.alpha, s.sigma)), memory
+        return euler_step(denoiser, x, t, s, memory)
     middle = denoiser.process.instant((t.log_snr + s.log_snr) / 2)
     x_m = denoiser.affine(x, t, *_ddim(t, middle.alpha, middle.sigma))
     return denoiser.affine(x_m, middle, 0.0, s.alpha * -math.expm1(-h)).add_(x, alpha=s.sigma / t.sigma), memory
