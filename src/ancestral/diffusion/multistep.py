@@ -274,8 +274,8 @@ def _predicted(
     if memory and len(memory.known) <= corrected:
         origin, kappa = known[1][0], memory.kappa
         even = math.isinf(origin.log_snr)
-        found = (known[:2], [0.5, 0.5]) if even else _shared(known, origin, t, kappa, mean and mean(kappa))
-        x = _sum(memory.rest, memory.b, *found, keep=True)
+        nodes, shares = (known[:2], [0.5, 0.5]) if even else _shared(known, origin, t, kappa, mean and mean(kappa))
+        x = _sum(memory.rest, memory.b, nodes, shares, keep=True)
     known = known[:order]
     rest, b, kappa = _linear(x, t, s, tau, rng)
     x = _sum(rest, b, *_shared(known, t, s, kappa, mean and mean(kappa)), keep=len(known) <= corrected)
