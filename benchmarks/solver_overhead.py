@@ -39,6 +39,7 @@ def ours(name: str, x: Tensor) -> Callable[[], float]:
     """Seconds of a walk."""
     denoiser, times, sampler = NetworkDenoiser(Nothing(), PROCESS, "eps"), uniform(PROCESS, STEPS), SAMPLERS[name]
 
+    @torch.inference_mode()  # as `ancestral sample` walks
     def walk() -> float:
         rng = stream(0) if sampler.stochastic else None
         began = time.perf_counter()

@@ -10,6 +10,7 @@ row recovers its historical loss.
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, Protocol, overload, runtime_checkable
 
 import torch
@@ -42,6 +43,10 @@ class Denoiser(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_t: Tensor, t: Time) -> Tensor:
         """E[x_0 | x_t], the shape and dtype of x_t; t is a scalar or one time per example, shape (B,)."""
+
+    def affine(self, x_t: Tensor, t: Instant, a: float, b: float) -> Tensor:
+        """a x_t + b E[x_0 | x_t], which is all that a step of most samplers needs of a guess."""
+        return (x_t * a).add_(self(x_t, t), alpha=b)
 
     def eps(self, x_t: Tensor, t: Time) -> Tensor:
         """E[eps | x_t] = (x_t - alpha_t E[x_0|x_t]) / sigma_t."""
@@ -114,9 +119,6 @@ class NetworkDenoiser(Denoiser):
         predicts: which row.
         sigma_data: standard deviation of the data in the model's units.
 
-    Attributes:
-        asked: how many examples the network has been given, by all threads together.
-
     Raises:
         OptionError: if the row is unknown, or divides by an alpha that is zero at the end of the process.
     """
@@ -129,7 +131,7 @@ class NetworkDenoiser(Denoiser):
             raise OptionError(f"a network with a posterior over levels predicts 'x0', received {predicts!r}")
         self.net, self.process, self.predicts, self.sigma_data = net, process, predicts, sigma_data
         self.curve = process.curve  # which is learnt with the network, if there is one
-        self.asked = 0
+        self._asked = [0]  # in a list, since attributes of modules are slow to set
         if not torch.stack(self.coefficients(1.0)).isfinite().all():
             raise OptionError(
                 f"predicting {predicts!r} is undefined at t = 1 of this process, where no signal is left (alpha = 0): "
@@ -149,6 +151,15 @@ class NetworkDenoiser(Denoiser):
         return c_skip, c_out, (alpha**2 * self.sigma_data**2 + sigma**2) ** -0.5
 
     @property
+    def asked(self) -> int:
+        """How many examples the network has been given, by all threads together."""
+        return self._asked[0]
+
+    @asked.setter
+    def asked(self, n: int) -> None:
+        self._asked[0] = n
+
+    @property
     def posterior(self) -> bool:
         """Whether the network puts out a posterior over levels, and so knows Var[x_0 | x_t] too."""
         return getattr(self.net, "posterior", False)
@@ -160,13 +171,20 @@ class NetworkDenoiser(Denoiser):
 
     def forward(self, x_t: Tensor, t: Time, labels: Tensor | None = None) -> Tensor:
         """E[x_0 | x_t] = c_skip x_t + c_out net(c_in x_t, c_noise), or that of each example's class."""
-        if isinstance(t, Instant):  # plain numbers, and as few operations as there can be
-            skip, by, scale = self.coefficients(t)
-            told = self._ask(self.net, x_t if abs(scale - 1) < 1e-15 else x_t * scale, t, labels)
-            return (x_t * skip).add_(told, alpha=by)
+        if isinstance(t, Instant):
+            return self.affine(x_t, t, 0.0, 1.0, labels)
         c_skip, c_out, c_in = (per_example(c, x_t) for c in self.coefficients(t))
         out = self._ask(self.net, c_in * x_t, t, labels)
         return c_skip * x_t + c_out * out.to(x_t.dtype)
+
+    def affine(self, x_t: Tensor, t: Instant, a: float, b: float, labels: Tensor | None = None) -> Tensor:
+        """a x_t + b E[x_0 | x_t] = (a + b c_skip) x_t + b c_out net(c_in x_t, c_noise): two operations, or one."""
+        c_skip, c_out, c_in = self.coefficients(t)
+        out = self._ask(self.net, x_t if abs(c_in - 1) < 1e-15 else x_t * c_in, t, labels)
+        own = a + b * c_skip
+        if abs(own) <= 1e-15 * abs(a):  # what the network puts out is what is asked for
+            return (out * (b * c_out)).to(x_t.dtype)
+        return (x_t * own).add_(out, alpha=b * c_out)
 
     def moments(self, x_t: Tensor, t: Time, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """E[x_0 | x_t] and Var[x_0 | x_t], from a network that puts out a posterior over levels."""
@@ -192,14 +210,23 @@ class NetworkDenoiser(Denoiser):
 
     def _ask(self, net: Any, x: Tensor, t: Time, labels: Tensor | None) -> Any:
         if isinstance(t, Instant):
-            c_noise = x.new_full((len(x),), min(max(t.log_snr, LOG_SNR_MIN), -LOG_SNR_MIN))
+            c_noise = _level(t.log_snr, x.shape[0], x.dtype, x.device)
         else:
             c_noise = self.process.log_snr(t).clamp(LOG_SNR_MIN, -LOG_SNR_MIN).to(x).expand(len(x))
         given = () if labels is None else (labels,)
         with _COUNTING:
-            self.asked += len(x)
-        with torch.inference_mode(not torch.is_grad_enabled()):  # no_grad, and less is kept in mind of each tensor
+            self._asked[0] += x.shape[0]
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             return net(x, c_noise, *given)
+        with torch.inference_mode():  # no_grad, and less is kept in mind of each tensor
+            return net(x, c_noise, *given)
+
+
+@lru_cache(256)
+def _level(log_snr: float, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The log-SNR as networks are told it, for n examples: one for all walks that pass by."""
+    with torch.inference_mode(False):
+        return torch.full((n,), min(max(log_snr, LOG_SNR_MIN), -LOG_SNR_MIN), dtype=dtype, device=device)
 
 
 class Given(Denoiser):
@@ -226,6 +253,10 @@ class Given(Denoiser):
     def forward(self, x_t: Tensor, t: Time) -> Tensor:
         """E[x_0 | x_t, label]."""
         return self.denoiser(x_t, t, self.labels)
+
+    def affine(self, x_t: Tensor, t: Instant, a: float, b: float) -> Tensor:
+        """a x_t + b E[x_0 | x_t, label]."""
+        return self.denoiser.affine(x_t, t, a, b, self.labels)
 
     def moments(self, x_t: Tensor, t: Time) -> tuple[Tensor, Tensor]:
         """E[x_0 | x_t, label] and Var[x_0 | x_t, label], from a network that knows both."""

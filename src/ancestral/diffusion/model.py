@@ -267,9 +267,11 @@ class Diffusion(nn.Module):
         They are examples start, ..., start + n - 1 of those that the seed gives. A model that knows classes draws from
         those of `labels`, int64, shape (n,), or from all of them.
         """
-        for point in self.sample_path(n, steps=steps, sampler=sampler, rng=rng, start=start, labels=labels, **options):
-            x = point.x
-        return self.facts.to_raw(x.cpu())
+        with torch.inference_mode():
+            path = self.sample_path(n, steps=steps, sampler=sampler, rng=rng, start=start, labels=labels, **options)
+            for point in path:
+                x = point.x
+        return self.facts.to_raw(x.cpu().clone())
 
     def sample_batches(
         self,
@@ -311,10 +313,11 @@ class Diffusion(nn.Module):
             size = min(batch, n - first)
             watched = Watched(self.given(None if labels is None else labels[first : first + size]))
             path = self.sample_path(size, rng=rng, start=start + first, denoiser=watched, **options)
-            for glimpse in glimpses(path, watched):
-                if watch:
-                    watch(start + first, glimpse)
-            yield self.facts.to_raw(glimpse.x_t.cpu())
+            with torch.inference_mode():
+                for glimpse in glimpses(path, watched):
+                    if watch:
+                        watch(start + first, glimpse)
+            yield self.facts.to_raw(glimpse.x_t.cpu().clone())
 
     def sample_path(
         self,

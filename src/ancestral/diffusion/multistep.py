@@ -28,13 +28,14 @@ has h <= 1. Memory is never changed in place: a walk can be taken up anywhere.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ancestral.diffusion.denoise import Denoiser
 from ancestral.diffusion.process import Instant
-from ancestral.diffusion.singlestep import drawn, slopes
+from ancestral.diffusion.singlestep import drawn
 from ancestral.errors import unknown
 from ancestral.rng import Rng
 
@@ -232,21 +233,28 @@ def _linear(x: Tensor, t: Instant, s: Instant, tau: float, rng: Rng | None) -> t
     return rest, s.alpha * -math.expm1(-h - fresh), h + fresh
 
 
-def _sum(rest: Tensor, b: float, known: Known, shares: Sequence[float]) -> Tensor:
-    """rest + b sum_j w_j f_j."""
-    for (_, f), share in zip(known, shares, strict=False):
-        rest = rest.add(f, alpha=b * share)
-    return rest
+def _sum(rest: Tensor, b: float, known: Known, shares: Sequence[float], keep: bool) -> Tensor:
+    """rest + b sum_j w_j f_j, in the place of rest unless that is kept."""
+    x = rest.add(known[0][1], alpha=b * shares[0]) if keep else rest.add_(known[0][1], alpha=b * shares[0])
+    for (_, f), share in zip(known[1:], shares[1:], strict=False):
+        x.add_(f, alpha=b * share)
+    return x
+
+
+@lru_cache(4096)
+def _shares(at: tuple[float, ...], t: float, s: float, kappa: float, h: float, M_1: float | None) -> list[float]:
+    """w_j of guesses at these places in a step from t to s, two by M_1 if given: kept for the next walk on the grid."""
+    M = [1.0, M_1] if M_1 and len(at) == 2 else moments(kappa, len(at))
+    return bounded([(place - t) / (s - t) for place in at], M, h)
 
 
 def _shared(known: Known, t: Instant, s: Instant, kappa: float, M_1: float | None = None) -> tuple[Known, list[float]]:
-    """The guesses that are nodes of the step from t to s, and w_j in lambda, those of two by M_1 where it is given."""
-    h = s.log_snr - t.log_snr
+    """The guesses that are nodes of the step from t to s, and w_j in lambda."""
+    h = (s.log_snr - t.log_snr) / 2
     if math.isinf(h):
         return known[:1], [1.0]
-    known = tuple((i, f) for i, f in known if math.isfinite(i.log_snr))
-    M = [1.0, M_1] if M_1 and len(known) == 2 else moments(kappa, len(known))
-    return known, bounded([(i.log_snr - t.log_snr) / h for i, _ in known], M, h / 2)
+    at = tuple([i.log_snr for i, _ in known])
+    return known, _shares(at[:-1] if math.isinf(at[-1]) else at, t.log_snr, s.log_snr, kappa, h, M_1)
 
 
 def _predicted(
@@ -265,14 +273,12 @@ def _predicted(
     known = ((t, denoiser(x, t)), *(memory.known if memory else ()))
     if memory and len(memory.known) <= corrected:
         origin, kappa = known[1][0], memory.kappa
-        if math.isinf(origin.log_snr):
-            nodes, shares = known[:2], [0.5, 0.5]
-        else:
-            nodes, shares = _shared(known, origin, t, kappa, mean and mean(kappa))
-        x = _sum(memory.rest, memory.b, nodes, shares)
+        even = math.isinf(origin.log_snr)
+        nodes, shares = (known[:2], [0.5, 0.5]) if even else _shared(known, origin, t, kappa, mean and mean(kappa))
+        x = _sum(memory.rest, memory.b, nodes, shares, keep=True)
     known = known[:order]
     rest, b, kappa = _linear(x, t, s, tau, rng)
-    x = _sum(rest, b, *_shared(known, t, s, kappa, mean and mean(kappa)))
+    x = _sum(rest, b, *_shared(known, t, s, kappa, mean and mean(kappa)), keep=len(known) <= corrected)
     return x, Predicted(known, rest, b, kappa)
 
 
@@ -286,28 +292,23 @@ def _by_noise(
     place: Callable[[Instant], float],
     rate: int,
 ) -> tuple[Tensor, Known]:
-    """DDIM's step, and b sum_j w_j (eps_hat_j - eps_hat), the polynomial being one in `place`, and kappa = rate h."""
-    x_0_hat, eps_hat = slopes(denoiser, x, t)
-    before, known = memory or (), ((t, eps_hat), *(memory or ()))[:order]
-    h, b = _by_noise_length(t, s)
-    x = (s.alpha * x_0_hat).add_(eps_hat, alpha=s.sigma)
-    nodes = [(place(i), f) for i, f in known if math.isfinite(place(i))]
-    if math.isinf(h) or len(nodes) == 1:
-        return x, known
-    start, length = place(t), place(s) - place(t)
-    shares = bounded([(at - start) / length for at, _ in nodes], moments(rate * h, len(nodes)), h)
-    x.add_(eps_hat, alpha=b * (shares[0] - 1))
-    for (_, f), share in zip(nodes[1:], shares[1:], strict=False):
-        x.add_(f, alpha=b * share)
+    """(alpha_s / alpha_t) x_t + b sum_j w_j eps_hat_j, the polynomial being one in `place`, and kappa = rate h.
+
+    The first step, and one that is infinitely long, is DDIM's, with x_0_hat: it may come from where there is no signal.
+    """
+    before, h = memory or (), (s.log_snr - t.log_snr) / 2
+    at: tuple[float, ...] = (place(t), *[place(i) for i, _ in before[: order - 1]])
+    at = at[:-1] if math.isinf(at[-1]) else at
+    if math.isinf(h) or len(at) <= 1:
+        x_0_hat = denoiser(x, t)
+        eps_hat = (x / t.sigma).add_(x_0_hat, alpha=-t.alpha / t.sigma)
+        return (x_0_hat * s.alpha).add_(eps_hat, alpha=s.sigma), ((t, eps_hat), *before)[:order]
+    known = ((t, denoiser.affine(x, t, 1 / t.sigma, -t.alpha / t.sigma)), *before)[:order]
+    shares = _shares(at, at[0], place(s), rate * h, h, None)
+    x = _sum(x * (s.alpha / t.alpha), s.sigma * -math.expm1(h), known, shares, keep=False)
     if len(before) == 1 and order > 2:
-        origin, f = before[0]
-        h, b = _by_noise_length(origin, t)
+        (_, eps_hat), (origin, f) = known
+        h = (t.log_snr - origin.log_snr) / 2
         if h <= 1:
-            x.add_(eps_hat - f, alpha=s.alpha / t.alpha * b * moments(rate * h, 2)[1])
+            x.add_(eps_hat - f, alpha=s.alpha / t.alpha * t.sigma * -math.expm1(h) * moments(rate * h, 2)[1])
     return x, known
-
-
-def _by_noise_length(t: Instant, s: Instant) -> tuple[float, float]:
-    """h and b of a step, for noise prediction."""
-    h = (s.log_snr - t.log_snr) / 2
-    return h, s.sigma * -math.expm1(h) if s.sigma else -math.inf

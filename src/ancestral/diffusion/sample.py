@@ -9,6 +9,7 @@ Steps that remember nothing are in `singlestep`, those that remember in `multist
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -62,8 +63,9 @@ class Sampler:
 
     def __call__(self, denoiser: Denoiser, x: Tensor, steps: int | Tensor, **options: Any) -> Tensor:
         """The end of the path: examples at t = 0, the shape of x."""
-        for point in self.path(denoiser, x, steps, **options):
-            x = point.x
+        with torch.no_grad():  # once, and not in every step
+            for point in self.path(denoiser, x, steps, **options):
+                x = point.x
         return x
 
     def path(
@@ -93,7 +95,7 @@ def walk(step: Step, denoiser: Denoiser, start: Point, times: list[float], **opt
     point = start
     yield point
     for t, s in pairwise(denoiser.process.instants(times)):
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             point = Point(s, *step(denoiser, point.x, t, s, point.memory, **options))
         yield point
 

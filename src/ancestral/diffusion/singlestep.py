@@ -1,8 +1,8 @@
 """Steps that remember nothing: from time t to time s, by what the network says at t and perhaps once more.
 
-The probability-flow ODE is written without reference to time: along it dx = x_0_hat d alpha + eps_hat d sigma
-(Song et al. 2021, 2011.13456, eq. 13, with the process's own alpha and sigma as coordinates), which holds for
-every process and has no singularity at either end.
+The probability-flow ODE is written without reference to time, as d(x / alpha) = eps_hat d(sigma / alpha) or as
+d(x / sigma) = x_0_hat d(alpha / sigma) (Song et al. 2021, 2011.13456, eq. 13). Either holds for every process. As
+measured, the first is nearer where steps are short, and the second has no singularity at alpha = 0.
 """
 
 import math
@@ -14,16 +14,10 @@ from torch import Tensor
 
 from ancestral import langevin, ode
 from ancestral.diffusion import flow
-from ancestral.diffusion.denoise import Denoiser, reverse
+from ancestral.diffusion.denoise import FIXED, Denoiser, reverse
 from ancestral.diffusion.process import LOG_SNR_MIN, Instant, Process
 from ancestral.errors import OptionError
 from ancestral.rng import Rng, randn_like
-
-
-def slopes(denoiser: Denoiser, x: Tensor, t: Instant) -> tuple[Tensor, Tensor]:
-    """(x_0_hat, eps_hat): what x gains per unit of alpha and of sigma along the probability-flow ODE."""
-    x_0_hat = denoiser(x, t)
-    return x_0_hat, x.sub(x_0_hat, alpha=t.alpha) / t.sigma
 
 
 def drawn(x: Tensor, rng: Rng | None, why: str) -> Tensor:
@@ -44,10 +38,13 @@ def ancestral_step(
 
     Reference: Ho et al. (2020), algorithm 2. `variance` is one of `denoise.VARIANCES`.
     """
-    mean, var, _ = reverse(denoiser, x, s, t, variance)
-    if s.sigma == 0:
-        return mean, memory
-    return mean + var**0.5 * randn_like(x, rng), memory
+    if variance in FIXED:
+        c_t, c_0, var = denoiser.process.posterior_coefficients(s, t)
+        var = var if variance == "fixed-small" else denoiser.process.transition(s, t)[1]
+        x = denoiser.affine(x, t, c_t, c_0)
+        return (x.add_(randn_like(x, rng), alpha=var**0.5) if s.sigma else x), memory
+    mean, variances, _ = reverse(denoiser, x, s, t, variance)
+    return (mean.add_(variances**0.5 * randn_like(x, rng)) if s.sigma else mean), memory
 
 
 def ddim_step(
@@ -62,7 +59,7 @@ def ddim_step(
     if not 0 <= eta <= 1:
         raise OptionError(f"DDIM's eta is the share of fresh noise and lies in [0, 1], received {eta}")
     fresh = eta**2 * denoiser.process.gain(s, t) if eta else 0.0
-    x = _moved(x, t, s.alpha, s.sigma * (1 - fresh) ** 0.5, denoiser(x, t))
+    x = denoiser.affine(x, t, *_ddim(t, s.alpha, s.sigma * (1 - fresh) ** 0.5))
     if eta == 0 or s.sigma == 0:
         return x, memory
     return x.add_(drawn(x, rng, f"DDIM with eta = {eta}"), alpha=s.sigma * fresh**0.5), memory
@@ -76,54 +73,66 @@ def euler_step(
     With churn, from more noise than x_t has: see `heun_step`.
     """
     x, t = _churned(denoiser.process, x, t, churn, rng)
-    return _moved(x, t, s.alpha, s.sigma, denoiser(x, t)), memory
+    return denoiser.affine(x, t, *_ddim(t, s.alpha, s.sigma)), memory
 
 
 def heun_step(
     denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng | None = None, churn: float = 0.0
 ) -> tuple[Tensor, None]:
-    """Euler to s, then again from t with the mean of the slopes at both ends; Euler alone where sigma_s = 0.
+    """Euler to s, x_e, then again from t with a mean of the slopes at both ends; Euler alone where sigma_s = 0.
+
+    x_s = (1 - w) x_e + w times Euler's step from x_t with the guess at x_e. Of the noise, as Karras et al. do, but with
+    the weight that is exact while eps_hat is linear in log-SNR, w = 1/h - 1/(e^h - 1). Of the data, with w = 1/2, where
+    a step would multiply an error of eps_hat by more than 2: by alpha_s (rho_t - rho_s), rho = sigma / alpha.
 
     With churn, x_t is first taken up to where sigma / alpha is 1 + churn times as much, and the step begins there.
 
-    Reference: Karras et al. (2022), algorithms 1 and 2, in the coordinates of this module; churn is their gamma_i,
-    S_churn / N but for its bounds.
+    References: Karras et al. (2022), algorithms 1 and 2; churn is their gamma_i, S_churn / N but for its bounds. Cox &
+    Matthews (2002), ETD2RK, for the weight.
     """
     x, t = _churned(denoiser.process, x, t, churn, rng)
-    x_0_t, eps_t = slopes(denoiser, x, t)
-    x_euler = _along(x, t, s, x_0_t, eps_t)
+    x_e = denoiser.affine(x, t, *_ddim(t, s.alpha, s.sigma))
     if s.sigma == 0:
-        return x_euler, memory
-    x_0_s, eps_s = slopes(denoiser, x_euler, s)
-    return _along(x, t, s, (x_0_t + x_0_s) / 2, (eps_t + eps_s) / 2), memory
+        return x_e, memory
+    h = (s.log_snr - t.log_snr) / 2
+    if s.alpha * t.sigma - s.sigma * t.alpha > 2 * t.alpha:
+        w, by_x, by_e, by_x_0 = 0.5, s.sigma / t.sigma, 0.0, s.alpha * -math.expm1(-h)
+    else:
+        w, by_x, by_e, by_x_0 = 1 / h - 1 / math.expm1(h), s.alpha / t.alpha, -math.expm1(h), s.alpha * math.expm1(h)
+    return denoiser.affine(x_e, s, 1 - w + w * by_e, w * by_x_0).add_(x, alpha=w * by_x), memory
 
 
 def midpoint_step(
     denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng | None = None
 ) -> tuple[Tensor, None]:
-    """Euler to the middle in log-SNR, then all of the way with the slopes there; Euler alone where there is none.
+    """Euler to the middle in log-SNR; x_s = (alpha_s / alpha_t) x_t + sigma_s (1 - e^h) eps_hat, of the noise there.
 
-    Reference: Karras et al. (2022), appendix D.2; on a variance-exploding process this is also DPM-Solver-2.
+    A step with h > 1 is that of `dpmpp_2s_step`, with the guess of x_0 there: errors of the noise grow by e^h.
+
+    Reference: Lu et al. (2022), DPM-Solver-2; Karras et al. (2022), appendix D.2.
     """
-    x_0_hat, eps_hat = slopes(denoiser, x, t)
-    if not math.isinf(s.log_snr - t.log_snr):
-        middle = denoiser.process.instant((t.log_snr + s.log_snr) / 2)
-        x_0_hat, eps_hat = slopes(denoiser, _along(x, t, middle, x_0_hat, eps_hat), middle)
-    return _along(x, t, s, x_0_hat, eps_hat), memory
+    h = (s.log_snr - t.log_snr) / 2
+    if h > 1 or math.isinf(h):
+        return dpmpp_2s_step(denoiser, x, t, s, memory)
+    middle = denoiser.process.instant((t.log_snr + s.log_snr) / 2)
+    x_m = denoiser.affine(x, t, *_ddim(t, middle.alpha, middle.sigma))
+    b = s.sigma * -math.expm1(h) / middle.sigma
+    return denoiser.affine(x_m, middle, b, -b * middle.alpha).add_(x, alpha=s.alpha / t.alpha), memory
 
 
 def dpmpp_2s_step(
     denoiser: Denoiser, x: Tensor, t: Instant, s: Instant, memory: None, *, rng: Rng | None = None
 ) -> tuple[Tensor, None]:
-    """x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) x_0_hat, with the guess of the middle in log-SNR, see there.
+    """x_s = (sigma_s / sigma_t) x_t + alpha_s (1 - e^-h) x_0_hat, with the guess of the middle in log-SNR.
 
-    Reference: Lu et al. (2022), DPM-Solver++, 2211.01095, algorithm 1, with r_1 = 1/2.
+    Euler alone where there is no middle. Reference: Lu et al. (2022), DPM-Solver++, 2211.01095, algorithm 1, r_1 = 1/2.
     """
-    x_0_hat = denoiser(x, t)
-    if not math.isinf(s.log_snr - t.log_snr):
-        middle = denoiser.process.instant((t.log_snr + s.log_snr) / 2)
-        x_0_hat = denoiser(_towards(x, t, middle, x_0_hat), middle)
-    return _towards(x, t, s, x_0_hat), memory
+    h = (s.log_snr - t.log_snr) / 2
+    if math.isinf(h):
+        return euler_step(denoiser, x, t, s, memory)
+    middle = denoiser.process.instant((t.log_snr + s.log_snr) / 2)
+    x_m = denoiser.affine(x, t, *_ddim(t, middle.alpha, middle.sigma))
+    return denoiser.affine(x_m, middle, 0.0, s.alpha * -math.expm1(-h)).add_(x, alpha=s.sigma / t.sigma), memory
 
 
 def adaptive_step(
@@ -260,20 +269,9 @@ def annealed_langevin_step(
     return math.hypot(s.alpha, s.sigma) / math.hypot(t.alpha, t.sigma) * x, chains
 
 
-def _moved(x: Tensor, t: Instant, alpha: float, sigma: float, x_0_hat: Tensor) -> Tensor:
-    """alpha x_0_hat + sigma eps_hat, of eps_hat = (x_t - alpha_t x_0_hat) / sigma_t: two operations on x."""
-    scale = sigma / t.sigma
-    return (x * scale).add_(x_0_hat, alpha=alpha - scale * t.alpha)
-
-
-def _along(x: Tensor, t: Instant, s: Instant, x_0_hat: Tensor, eps_hat: Tensor) -> Tensor:
-    """x + (alpha_s - alpha_t) x_0_hat + (sigma_s - sigma_t) eps_hat."""
-    return x.add(x_0_hat, alpha=s.alpha - t.alpha).add_(eps_hat, alpha=s.sigma - t.sigma)
-
-
-def _towards(x: Tensor, t: Instant, s: Instant, x_0_hat: Tensor) -> Tensor:
-    """(sigma_s / sigma_t) x + alpha_s (1 - e^-h) x_0_hat, h = lambda_s - lambda_t: exact while x_0_hat stands still."""
-    return (s.sigma / t.sigma * x).add_(x_0_hat, alpha=s.alpha * -math.expm1((t.log_snr - s.log_snr) / 2))
+def _ddim(t: Instant, alpha: float, sigma: float) -> tuple[float, float]:
+    """(a, b) of alpha x_0_hat + sigma eps_hat = a x_t + b x_0_hat, of eps_hat = (x_t - alpha_t x_0_hat) / sigma_t."""
+    return sigma / t.sigma, alpha - sigma / t.sigma * t.alpha
 
 
 def _noised(process: Process, x: Tensor, s: Instant, t: Instant, z: Tensor) -> Tensor:
