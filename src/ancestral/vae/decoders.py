@@ -26,6 +26,10 @@ BROADEST = 6.0
 FINEST = -7.0
 """Log of the least standard deviation of a Gaussian, in the model's units: a constant feature has no density."""
 
+START = -2.0
+"""Log of the standard deviation with which a Gaussian begins: about 1, the latents would explain nothing at first, and
+of data whose moments are those of noise they would never begin to."""
+
 HASTE = 10.0
 """How much faster than a weight a log deviation is learnt: it may have several nats to go."""
 
@@ -162,8 +166,8 @@ class Gaussian(Decoder):
         shape: of the deviation: () for one, or the shape of an example for one per feature.
 
     Example:
-        >>> Gaussian(()).log_prob(torch.zeros(1, 2), torch.zeros(1, 1, 2))
-        tensor([-1.8397], dtype=torch.float64, grad_fn=<SumBackward1>)
+        >>> round(float(Gaussian(()).deviation()), 2)
+        0.14
     """
 
     per_value = 1
@@ -174,7 +178,7 @@ class Gaussian(Decoder):
 
     def deviation(self) -> Tensor:
         """sigma, in the model's units."""
-        return (FINEST + F.softplus(HASTE * self.log_deviation - FINEST)).exp()
+        return (FINEST + F.softplus(START + HASTE * self.log_deviation - FINEST)).exp()
 
     def log_prob(self, x: Tensor, parameters: Tensor) -> Tensor:
         log_p = gaussian.log_density(x.to(parameters), parameters[:, 0], self.deviation().square())
