@@ -90,10 +90,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--clip", type=float, default=100.0)
     parser.add_argument("--to", type=Path, default=Path("runs/gan-modes.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    section = TrainingSection(steps=options.steps, batch=options.batch, rate=options.rate)
+    section = TrainingSection(steps=options.steps, batch=options.batch, rate=options.rate, clip=options.clip)
     rows, last = [], []
     print("| data | game | seed | modes | high quality | reverse KL | least mode | CPU s | said |\n" + "|---" * 9 + "|")
     options.to.parent.mkdir(parents=True, exist_ok=True)

@@ -365,12 +365,18 @@ def test_a_standing_is_that_of_a_linear_critic():
 
 
 def test_collapse_is_told_from_the_data_and_from_a_memoriser():
-    """Held-out reals, copies of the training examples and half of the modes pass; a point and a handful do not."""
+    """Held-out reals, copies of the training examples and half of the modes pass, and noise, which is no collapse; a
+    point, a handful and two modes of eight do not.
+    """
     law = ring_8()
     data, held_out = (law.sample(256, rng=stream(k)) for k in range(2))
     assert diagnostics.collapsed(held_out, data) is None
     assert diagnostics.collapsed(data[torch.randperm(256)], data) is None
-    assert diagnostics.collapsed(law.sample(2000, rng=stream(2))[:256].abs(), data) is None
+    many = law.sample(4000, rng=stream(2))
+    assert diagnostics.collapsed(many[many[:, 0] > 0.7][:256], data) is None
+    assert diagnostics.collapsed(5 * randn((256, 2), stream(3)), data) is None
+    assert "few kinds: 9" in diagnostics.collapsed(many[(many[:, 0].abs() < 0.7) & (many[:, 1] > 0)][:256], data)
+    assert "of the data near them" in diagnostics.collapsed(many[many[:, 0].abs() < 0.7][:256], data)
     assert "alike" in diagnostics.collapsed(data.mean(0) + 0.01 * held_out, data)
     assert "few" in diagnostics.collapsed(law.means.repeat(32, 1), data)
     assert "alike" in diagnostics.collapsed(torch.full_like(data, math.nan), data)

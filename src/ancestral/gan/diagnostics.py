@@ -17,6 +17,10 @@ ALIKE = 0.1
 CROWDED = 0.05
 """Distance between nearest samples relative to the data's below which it has collapsed to a few points or a curve."""
 
+GOOD, COVERED, NEIGHBOURS = 0.5, 0.3, 5
+"""It has collapsed to a few kinds when more than this share of its samples is near the data, and less than this share
+of the data is near a sample; near is within the distance of an example to so many others."""
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -62,12 +66,16 @@ def collapsed(samples: Tensor, data: Tensor) -> str | None:
     """Why the samples are those of a collapsed generator, as the end of a sentence, or None if they are not.
 
     Of as many samples as examples, two numbers are relative to those of the data: the root mean square distance from
-    the mean, and the mean distance to the nearest other one, which for samples that are copies of each other is 0.
-    A generator that leaves out a part of the data is not told by either.
+    the mean, and the mean distance to the nearest other one, which for samples that are copies of each other is 0. Two
+    are shares: of the samples that lie near the data, precision, and of the data that has a sample near it, coverage.
+    A generator that has learnt nothing yet has little of both, and one that leaves out most of the data has precision
+    alone. Whether samples are copies of the data is not told by any.
+
+    Reference: Kynkäänniemi et al. (2019), eq. 2, for precision; Naeem et al. (2020), eq. 5, for coverage.
 
     Args:
         samples: shape (B, ...).
-        data: as many examples, in the same units.
+        data: as many examples, in the same units; more than `NEIGHBOURS`.
 
     Example:
         >>> data = torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
@@ -79,9 +87,17 @@ def collapsed(samples: Tensor, data: Tensor) -> str | None:
     spread = float(_spread(samples) / _spread(data))
     if not spread >= ALIKE:
         return f"its samples are all alike: they spread {spread:.3f} times as far as the data"
-    apart = float(_nearest(samples) / _nearest(data).clamp(min=torch.finfo(torch.float64).tiny))
+    among = _distances(data, data)
+    nearest = among.kthvalue(2, dim=1).values.mean()  # the first is that to itself
+    apart = float(_distances(samples, samples).kthvalue(2, dim=1).values.mean() / nearest.clamp(min=1e-300))
     if not apart >= CROWDED:
         return f"its samples are few: one is {apart:.3f} times as far from the next as in the data"
+    near = _distances(data, samples) <= among.kthvalue(NEIGHBOURS + 1, dim=1).values[:, None]
+    precision, coverage = float(near.any(0).double().mean()), float(near.any(1).double().mean())
+    if precision > GOOD and coverage < COVERED:
+        return (
+            f"its samples are of few kinds: {precision:.0%} are near the data, and {coverage:.0%} of the data near them"
+        )
     return None
 
 
@@ -90,6 +106,6 @@ def _spread(x: Tensor) -> Tensor:
     return (x - x.mean(0)).square().sum(1).mean().sqrt()
 
 
-def _nearest(x: Tensor) -> Tensor:
-    distances = torch.cdist(x.double().flatten(1), x.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.fill_diagonal_(torch.inf).amin(1).mean()
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Between every x and every y, (B, B), exactly 0 between equal ones."""
+    return torch.cdist(x.double().flatten(1), y.double().flatten(1), compute_mode="donot_use_mm_for_euclid_dist")

@@ -103,17 +103,25 @@ class Score(nn.Module):
 
 
 class Layers(nn.Module):
-    """Residual layers over a vector: h + second(active(first(active(h))))."""
+    """Residual layers over a vector: h + second(active(first(active(h)))).
 
-    def __init__(self, dims: int, width: int, depth: int) -> None:
+    Beside each value x they are given sin 2^k x and cos 2^k x for `octaves` k from 0, without which a network is slow
+    to learn what changes over short distances.
+
+    Reference: Tancik et al. (2020), section 5.
+    """
+
+    def __init__(self, dims: int, width: int, depth: int, octaves: int) -> None:
         super().__init__()
-        self.enter = scaled(nn.Linear(dims, width))
+        self.octaves = octaves
+        self.enter = scaled(nn.Linear(dims * (1 + 2 * octaves), width))
         self.first = nn.ModuleList(scaled(nn.Linear(width, width)) for _ in range(depth))
         self.second = nn.ModuleList(zeroed(nn.Linear(width, width)) for _ in range(depth))
 
-    def forward(self, x: Tensor, moved: Tensor | None = None) -> Tensor:
+    def forward(self, x_BD: Tensor, moved: Tensor | None = None) -> Tensor:
         """(B, D), what is added to the first features (B, E) -> (B, E)."""
-        h_BE: Tensor = self.enter(x)
+        waves = (wave(2**octave * x_BD) for octave in range(self.octaves) for wave in (torch.sin, torch.cos))
+        h_BE: Tensor = self.enter(torch.cat([x_BD, *waves], 1))
         if moved is not None:
             h_BE = h_BE + moved
         for first, second in zip(self.first, self.second, strict=True):
@@ -124,15 +132,11 @@ class Layers(nn.Module):
 class VectorCritic(nn.Module):
     """Scores of vectors, or of arrays taken as vectors.
 
-    Beside each value the network is given sin 2^k x and cos 2^k x, without which it is slow to see what is fine.
-
-    Reference: Tancik et al. (2020), section 5, for why.
-
     Args:
         shape: of one example; flattened inside.
         width: hidden features.
         depth: residual layers.
-        octaves: k is from 0 to below this.
+        octaves: see `Layers`.
         classes: that labels may name; None without labels.
 
     Example:
@@ -144,15 +148,12 @@ class VectorCritic(nn.Module):
         self, shape: tuple[int, ...], width: int = 128, depth: int = 4, octaves: int = 4, classes: int | None = None
     ) -> None:
         super().__init__()
-        self.octaves = octaves
-        self.layers = Layers(torch.Size(shape).numel() * (1 + 2 * octaves), width, depth)
+        self.layers = Layers(torch.Size(shape).numel(), width, depth, octaves)
         self.score = Score(width, classes)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, *shape), labels (B,) -> (B,)."""
-        x_BD = x.flatten(1)
-        waves = (wave(2**octave * x_BD) for octave in range(self.octaves) for wave in (torch.sin, torch.cos))
-        score: Tensor = self.score(self.layers(torch.cat([x_BD, *waves], 1)), labels)
+        score: Tensor = self.score(self.layers(x.flatten(1)), labels)
         return score
 
 
@@ -164,6 +165,7 @@ class VectorGenerator(nn.Module):
         latent: dimensions of the latent.
         width: hidden features.
         depth: residual layers.
+        octaves: see `Layers`.
         classes: that labels may name; None without labels.
 
     Example:
@@ -172,10 +174,16 @@ class VectorGenerator(nn.Module):
     """
 
     def __init__(
-        self, shape: tuple[int, ...], latent: int = 2, width: int = 128, depth: int = 4, classes: int | None = None
+        self,
+        shape: tuple[int, ...],
+        latent: int = 2,
+        width: int = 128,
+        depth: int = 4,
+        octaves: int = 3,
+        classes: int | None = None,
     ) -> None:
         super().__init__()
-        self.shape, self.layers = shape, Layers(latent, width, depth)
+        self.shape, self.layers = shape, Layers(latent, width, depth, octaves)
         self.label = nn.Embedding(classes, width) if classes else None
         self.leave = scaled(nn.Linear(width, torch.Size(shape).numel()))
 
