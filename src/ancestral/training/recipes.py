@@ -131,23 +131,31 @@ def vae(facts: Facts) -> Setup:
 
 def ladder(facts: Facts) -> Setup:
     """The same with a ladder of latents: each group of them is drawn given those above."""
-    return Setup(recipe="ladder", family="vae", vae=VAESection(ladder=3), training=autoencoding(facts), **NO_DIFFUSION)
+    section = VAESection(ladder=1)
+    return Setup(recipe="ladder", family="vae", vae=section, training=autoencoding(facts), **NO_DIFFUSION)
 
 
 def autoencoding(facts: Facts) -> TrainingSection:
-    """Few steps for what overfits: some thousand small images."""
+    """Few steps for few small images, which a VAE learns by heart."""
     if not facts.is_image:
-        return TrainingSection(minutes=2.0, batch=512, rate=1e-3)
-    return TrainingSection(minutes=2.0 if max(facts.shape[1:]) <= 10 else 10.0, batch=128, rate=2e-3)
+        return TrainingSection(steps=3000, batch=256, rate=2e-3)
+    if small(facts):
+        return TrainingSection(steps=1500, batch=128)
+    return TrainingSection(minutes=10.0, batch=128)
 
 
 def flow(facts: Facts) -> Setup:
     """A normalizing flow: splines for vectors, couplings for images."""
     if not facts.is_image:
-        training = TrainingSection(minutes=2.0, batch=512, rate=2e-3)
+        section = FlowSection(transforms=2, width=64, depth=2, bins=32)
+        training = TrainingSection(steps=4000, batch=512, rate=5e-3, weight_decay=0.3)
+    elif small(facts):
+        section = FlowSection(width=32, dequantization="variational")
+        training = TrainingSection(steps=1000, batch=64, rate=4e-3)
     else:
-        training = TrainingSection(minutes=2.0 if max(facts.shape[1:]) <= 10 else 10.0, batch=128, rate=1e-3)
-    return Setup(recipe="flow", family="flow", flow=FlowSection(), training=training, **NO_DIFFUSION)
+        section = FlowSection(dequantization="variational")
+        training = TrainingSection(minutes=10.0, batch=64)
+    return Setup(recipe="flow", family="flow", flow=section, training=training, **NO_DIFFUSION)
 
 
 def continuous(facts: Facts) -> Setup:
@@ -167,17 +175,23 @@ def gan(facts: Facts) -> Setup:
 
 def classic(facts: Facts) -> Setup:
     """The non-saturating game without a penalty, to be seen beside it."""
-    return Setup(
-        recipe="classic-gan", family="gan", gan=GANSection(loss="classic"), training=playing(facts), **NO_DIFFUSION
-    )
+    section = GANSection(loss="classic")
+    return Setup(recipe="classic-gan", family="gan", gan=section, training=playing(facts), **NO_DIFFUSION)
 
 
 def playing(facts: Facts) -> TrainingSection:
-    """No momentum, no decay, and no clip: the players answer each other."""
-    minutes = 2.0 if not facts.is_image or max(facts.shape[1:]) <= 10 else 10.0
-    return TrainingSection(
-        minutes=minutes, batch=256, rate=1e-3, betas=(0.0, 0.99), weight_decay=0.0, clip=1e6, warmup=0
-    )
+    """Without momentum, for the players answer each other; and hardly clipped, for the penalty's gradients are long."""
+    betas = (0.0, 0.99)
+    if not facts.is_image:
+        return TrainingSection(steps=3000, batch=128, rate=1e-3, betas=betas, clip=100.0)
+    if small(facts):
+        return TrainingSection(steps=2000, batch=64, rate=5e-4, betas=betas, clip=100.0)
+    return TrainingSection(minutes=10.0, batch=64, rate=5e-4, betas=betas, clip=100.0)
+
+
+def small(facts: Facts) -> bool:
+    """Whether images are such as the digits."""
+    return max(facts.shape[1:]) <= 10
 
 
 NO_DIFFUSION: dict[str, None] = {"process": None, "diffusion": None}
@@ -241,7 +255,7 @@ def choose(facts: Facts, name: str | None = None, preset: str | None = None, fam
     if name is None and family not in (None, "diffusion"):
         name = family
     if name is None:
-        name = "vectors" if not picture else "digits" if max(facts.shape[1:]) <= 10 else "images"
+        name = "vectors" if not picture else "digits" if small(facts) else "images"
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     if name in FOR_IMAGES and not picture:
