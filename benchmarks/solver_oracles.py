@@ -19,7 +19,7 @@ from ancestral.rng import randn, stream
 BUDGETS = (5, 8, 10, 15, 20, 50)
 PEERS: dict[str, ModuleType] = {"diffusers": peer_diffusers_solvers, "k-diffusion": peer_k_diffusion}
 TOLD = {"diffusers": ("sigma", "timestep"), "k-diffusion": ("sigma",)}
-SEED, FITTED_ON = 3, 128
+SEED, FITTED_ON = 3, 256
 Row = dict[str, Any]
 
 

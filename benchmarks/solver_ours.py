@@ -53,8 +53,8 @@ def on_grid(
     return SAMPLERS[name](OracleDenoiser(law, process), x_T, times, rng=stream(seed)), 0.0
 
 
-FITTED = ("euler", "heun", "unipc-2", "unipc-3", "dpmpp-2m", "deis-3")
-"""What a fit chooses from here: the best of each kind, for the sake of time."""
+FITTED = ("unipc-2", "unipc-3", "dpmpp-2m", "dpmpp-3m", "deis-3", "plms")
+"""What a fit chooses from here: the multistep ones, for the sake of time."""
 
 
 def fitted(process: Process, evaluations: int, law: Any, x_T: Tensor) -> Fit:

@@ -24,6 +24,9 @@ PROCESS: Process = linear()
 SIGMA_MIN = float(torch.exp(-0.5 * PROCESS.log_snr(1 / 1000)))
 """sigma / alpha of the first step of the chain, 0.01."""
 
+STARTS = 70
+"""Names the starts that are judged, which nothing was designed on: another number whenever something is."""
+
 LEAST = 1e-5
 """sigma / alpha at which the reference takes its last step, to no noise: its error is of the order of the square."""
 
@@ -79,7 +82,7 @@ class Problem:
     @cached_property
     def x_T(self) -> Tensor:
         """The starts, float64."""
-        return randn((self.starts, self.centres.shape[1]), stream(0), dtype=torch.float64)
+        return randn((self.starts, self.centres.shape[1]), stream(STARTS), dtype=torch.float64)
 
     @cached_property
     def solutions(self) -> dict[float, Tensor]:
@@ -143,14 +146,14 @@ def plane(quick: bool) -> Problem:
 def space(quick: bool) -> Problem:
     """Six Gaussians in 64 dimensions, whose variances run from 0.3 to 0.001 in directions of their own."""
     law = mixture("space", 64, 6, 0.8, 0.3, 0.001)
-    return Problem("space", law, law.means, 32 if quick else 256, 200 if quick else 1000)
+    return Problem("space", law, law.means, 32 if quick else 1000, 200 if quick else 1000)
 
 
 def digits(quick: bool) -> Problem:
     """The 8x8 digits as they are: every training image in [-1, 1]^64, and nothing between."""
     data = load("digits")
     law = FiniteSet(data.facts.scale.forward(data.train).flatten(1))
-    return Problem("digits", law, law.points, 32 if quick else 128, 200 if quick else 500)
+    return Problem("digits", law, law.points, 32 if quick else 384, 200 if quick else 500)
 
 
 PROBLEMS: dict[str, Callable[[bool], Problem]] = {"plane": plane, "space": space, "digits": digits}
