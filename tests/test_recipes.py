@@ -1,5 +1,6 @@
 """Presets: networks by name, of the sizes they say, for images of any shape."""
 
+from inspect import signature
 from itertools import pairwise
 
 import pytest
@@ -8,8 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ancestral.data import Facts, Scale, load
 from ancestral.errors import OptionError
+from ancestral.flow.model import Flow
+from ancestral.gan.model import GAN
 from ancestral.rng import stream
 from ancestral.training import recipes
+from ancestral.training.settings import FlowSection, GANSection, VAESection
+from ancestral.vae.model import VAE
 
 
 def of_shape(*shape: int) -> Facts:
@@ -72,3 +77,9 @@ def test_a_preset_keeps_the_posterior_of_a_recipe_for_bits():
     facts = load("digits").facts
     assert recipes.choose(facts, "digits_bits", "tiny").unet.posterior
     assert not recipes.choose(facts, "digits", "tiny").unet.posterior
+
+
+@pytest.mark.parametrize(("section", "family"), [(VAESection, VAE), (FlowSection, Flow), (GANSection, GAN)])
+def test_a_section_has_the_keywords_of_its_family_with_the_same_defaults(section, family):
+    keywords = {name: parameter.default for name, parameter in signature(family).parameters.items() if name != "facts"}
+    assert {**section().model_dump(exclude={"labels"}), "classes": section().labels} == keywords

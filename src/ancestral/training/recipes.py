@@ -126,13 +126,15 @@ def vectors(facts: Facts) -> Setup:
 
 def vae(facts: Facts) -> Setup:
     """A variational autoencoder whose decoder is a likelihood: of levels, bits or real values."""
-    return Setup(recipe="vae", family="vae", vae=VAESection(), training=autoencoding(facts), **NO_DIFFUSION)
+    section = VAESection() if facts.is_image else VAESection(latents=min(32, facts.dims), width=128, blocks=2)
+    return Setup(recipe="vae", family="vae", vae=section, training=autoencoding(facts), **NO_DIFFUSION)
 
 
 def ladder(facts: Facts) -> Setup:
     """The same with a ladder of latents: each group of them is drawn given those above."""
-    section = VAESection(ladder=1)
-    return Setup(recipe="ladder", family="vae", vae=section, training=autoencoding(facts), **NO_DIFFUSION)
+    plain = vae(facts)
+    assert plain.vae
+    return plain.model_copy(update={"recipe": "ladder", "vae": plain.vae.model_copy(update={"ladder": 1})})
 
 
 def autoencoding(facts: Facts) -> TrainingSection:

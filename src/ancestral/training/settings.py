@@ -103,7 +103,7 @@ class GANSection(Section):
 
     loss: str = "relativistic"
     gamma: float | None = Field(None, ge=0)
-    latent: int = Field(64, ge=1)
+    latent: int | None = Field(None, ge=1)
     width: int | None = Field(None, ge=1)
     depth: int | None = Field(None, ge=1)
     pac: int = Field(1, ge=1)
