@@ -166,7 +166,7 @@ class Gaussian(Decoder):
         shape: of the deviation: () for one, or the shape of an example for one per feature.
 
     Example:
-        >>> round(float(Gaussian(()).deviation()), 2)
+        >>> round(Gaussian(()).deviation().item(), 2)
         0.14
     """
 
