@@ -11,8 +11,10 @@ from ancestral.apps.speech import Sayer, guarded, print_json, say_failure, signa
 from ancestral.errors import OptionError, Refused, unknown
 
 if TYPE_CHECKING:
+    from ancestral.apps import sampling
     from ancestral.apps.progress import Progress
     from ancestral.data import Data
+    from ancestral.training.checkpoint import Saved
     from ancestral.training.recipes import Model
     from ancestral.training.settings import Family
 
@@ -33,6 +35,7 @@ Ema = Annotated[
     float | None, typer.Option(help="Length of the average of the weights, relative to the run, made from snapshots.")
 ]
 FAMILIES = ("diffusion", "vae", "flow", "gan")
+LATENTS = 10_000  # of training examples, at most, to which a mixture is fitted
 LIKELIHOODS = ("bound", "all-steps", "limit", "ode", "both")
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a checkpoint inside one.")]
 
@@ -161,6 +164,10 @@ def sample(
     ema: Ema = None,
     out: Annotated[Path | None, typer.Option(help="Directory for the files; by default inside RUN.")] = None,
     label: Annotated[str | None, typer.Option(help="Class to draw from, if the model knows classes.")] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(help="'mixture': of a VAE, draw latents from a mixture fitted to those of training examples."),
+    ] = None,
     sheet: Annotated[bool, typer.Option("--sheet", help="Also a contact sheet of how the first came about.")] = False,
     gif: Annotated[bool, typer.Option("--gif", help="Also an animation of it.")] = False,
     as_json: Json = False,
@@ -176,7 +183,11 @@ def sample(
         with signals(), processes.join() as group, Progress(quiet=not group.first) as progress:
             saved = checkpoint.open_run(run, ema)
             saved.model.to(group.device)
+            if prior not in (None, "mixture"):
+                raise unknown("--prior", prior, ("mixture",))
             if isinstance(saved.model, Diffusion):
+                if prior:
+                    raise OptionError("--prior is of the latents of a vae, and this is a diffusion model: leave it out")
                 way: sampling.Way = walking.way(
                     saved,
                     saved.model,
@@ -191,7 +202,7 @@ def sample(
                 )
             else:
                 _refuse_a_walk(saved.setup.family, sampler=sampler, steps=steps, grid=grid, gif=gif, sheet=sheet)
-                way = sampling.AtOnce(saved.model)
+                way = _at_once(saved, prior, progress)
             recipe = {"run": str(saved.path), "n": n, **way.recipe, "seed": seed}
             recipe |= {"ema": ema} if ema is not None else {}
             recipe |= {"label": label} if label is not None else {}
@@ -420,6 +431,20 @@ def _given(data: str | None, resume: Path | None, to: Path | None) -> str:
     if to is not None and to.is_dir() and any(to.iterdir()):
         raise OptionError(f"--dry-run is about a new run, and {to} is there already; leave --to out")
     return data
+
+
+def _at_once(saved: "Saved", prior: str | None, progress: "Progress") -> "sampling.AtOnce":
+    """The way of a model that draws at once; of a VAE, from a mixture fitted to its latents if that is asked for."""
+    from ancestral.apps import sampling
+    from ancestral.training.run import reload
+    from ancestral.vae.model import VAE
+
+    if prior is None:
+        return sampling.AtOnce(saved.model, {})
+    if not isinstance(saved.model, VAE):
+        raise OptionError(f"--prior is of the latents of a vae, and this is a {saved.family}: leave it out")
+    data = reload(saved.path, progress.update)
+    return sampling.AtOnce(saved.model, {"prior": prior}, prior=saved.model.aggregate(data.train[:LATENTS]))
 
 
 def _refuse_a_walk(family: str, **given: object) -> None:

@@ -223,12 +223,13 @@ class AtOnce:
 
     Args:
         model: of any family but diffusion.
-        options: of its `sample`, which the files name.
+        recipe: what the files say of the options.
+        options: of its `sample`.
     """
 
-    def __init__(self, model: Model, **options: Any) -> None:
+    def __init__(self, model: Model, recipe: Mapping[str, Any], **options: Any) -> None:
         self.model, self.options, self.drawn = model, options, 0
-        self.recipe: Mapping[str, Any] = options
+        self.recipe = recipe
         self.pictures: Mapping[str, bool] = {}
 
     def batches(self, share: Share) -> Iterator[Tensor]:

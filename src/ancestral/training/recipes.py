@@ -126,15 +126,17 @@ def vectors(facts: Facts) -> Setup:
 
 def vae(facts: Facts) -> Setup:
     """A variational autoencoder whose decoder is a likelihood: of levels, bits or real values."""
-    section = VAESection() if facts.is_image else VAESection(latents=min(32, facts.dims), width=128, blocks=2)
+    section = VAESection(ladder=0 if small(facts) else 1)
+    if not facts.is_image:
+        section = VAESection(latents=min(32, facts.dims), ladder=2, width=128, blocks=2)
     return Setup(recipe="vae", family="vae", vae=section, training=autoencoding(facts), **NO_DIFFUSION)
 
 
 def ladder(facts: Facts) -> Setup:
-    """The same with a ladder of latents: each group of them is drawn given those above."""
-    plain = vae(facts)
-    assert plain.vae
-    return plain.model_copy(update={"recipe": "ladder", "vae": plain.vae.model_copy(update={"ladder": 1})})
+    """The same with a ladder of latents whatever the data: each group of them is drawn given those above."""
+    setup = vae(facts)
+    section = setup.vae and setup.vae.model_copy(update={"ladder": max(1, setup.vae.ladder)})
+    return setup.model_copy(update={"recipe": "ladder", "vae": section})
 
 
 def autoencoding(facts: Facts) -> TrainingSection:
@@ -143,7 +145,7 @@ def autoencoding(facts: Facts) -> TrainingSection:
         return TrainingSection(steps=3000, batch=256, rate=2e-3)
     if small(facts):
         return TrainingSection(steps=1500, batch=128)
-    return TrainingSection(minutes=10.0, batch=128)
+    return TrainingSection(minutes=10.0, batch=64)
 
 
 def flow(facts: Facts) -> Setup:
@@ -193,7 +195,7 @@ def playing(facts: Facts) -> TrainingSection:
 
 def small(facts: Facts) -> bool:
     """Whether images are such as the digits."""
-    return max(facts.shape[1:]) <= 10
+    return facts.is_image and max(facts.shape[1:]) <= 10
 
 
 NO_DIFFUSION: dict[str, None] = {"process": None, "diffusion": None}
@@ -328,6 +330,11 @@ def build(setup: Setup, facts: Facts, seed: int = 0) -> Model:
     Raises:
         OptionError: if a name is unknown, or a combination is undefined.
     """
+    if setup.training.shard and not setup.diffusion:
+        raise OptionError(
+            f"the networks of a {setup.family} are asked for more than one output, which one whose weights are divided "
+            "cannot give: leave training.shard=true out"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if setup.vae:
