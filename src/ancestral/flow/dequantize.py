@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from ancestral.flow.bijector import Chain, summed
 from ancestral.flow.coupling import Coupling, PatchNet, Shape, masks
-from ancestral.gaussian import LOG_2PI
-from ancestral.rng import Rng, rand, randn
+from ancestral.rng import Rng, rand
 
 
 class Dequantizer(nn.Module, ABC):
@@ -44,12 +43,15 @@ class Uniform(Dequantizer):
 
 @final
 class Variational(Dequantizer):
-    """u = sigmoid(v), where v is normal noise e through couplings that are told x.
+    """u = sigmoid(v), where v is logistic noise e through couplings that are told x; uniform before it has learnt.
 
-        log q(u|x) = log N(e; 0, I) - log |det dv/de| - sum_i log[u_i (1 - u_i)]
+        log q(u|x) = -log |det du/dw|,   e = logit(w), w uniform
 
-    The couplings act on e and x, as channels of one image, and keep x. The first keeps no e: it is a Gaussian whose
-    mean and scale the network tells from x.
+    Of normal noise, q would fall to nothing at the edges of the cube, and a mean of weights
+    p / q would have no variance.
+
+    The couplings act on e and x, as channels of one image, and keep x. The first keeps no e: it moves and stretches
+    each as the network tells from x.
 
     Args:
         shape: of an example as an image, (C, H, W).
@@ -74,13 +76,21 @@ class Variational(Dequantizer):
         )
 
     def forward(self, x: Tensor, context: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
-        e = randn(x.shape, rng).to(x)
+        u, log_det = self.from_uniform(rand(x.shape, rng).to(x), x, context)
+        return u, -log_det
+
+    def from_uniform(self, w: Tensor, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The u that uniform numbers w become beside x, and log |det du/dw| of each example."""
+        e = w.logit(eps=1e-6)
         both = torch.cat([part.reshape(-1, *self.shape) for part in (e, x)], 1)
         moved, log_det = self.couplings(both, context)
         v = moved.chunk(2, 1)[0].reshape(x.shape)
-        log_slope = F.logsigmoid(v) + F.logsigmoid(-v)
-        log_q = summed(-0.5 * (e.double().square() + LOG_2PI)) - log_det - summed(log_slope)
-        return v.sigmoid(), log_q
+        return v.sigmoid(), log_det + summed(_log_slope(v) - _log_slope(e))
+
+
+def _log_slope(v: Tensor) -> Tensor:
+    """log of the derivative of the sigmoid, elementwise."""
+    return F.logsigmoid(v) + F.logsigmoid(-v)
 
 
 class LogMean:

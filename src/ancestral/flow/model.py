@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import final
 
 import torch
@@ -169,9 +168,10 @@ class Flow(nn.Module):
         if kind == "spline":
             blocks.append(Splines(facts.dims, FEATURES, transforms=transforms, bins=bins, width=width, depth=depth))
         else:
-            for keep in islice(masks(shape, side), transforms):
+            keeps = masks(shape, side)
+            for _ in range(transforms):
                 net = PatchNet(shape, side, FEATURES, width=width, depth=depth, heads=heads)
-                blocks.append(Coupling(net, keep))
+                blocks.append(Coupling(net, next(keeps)))
         dequantizer: Dequantizer | None = None
         if facts.levels and dequantization == "uniform":
             dequantizer = Uniform()
@@ -249,7 +249,7 @@ class Flow(nn.Module):
             OptionError: naming the first example that holds no number, or has no latent that is one.
         """
         z, _ = self.law.bijector(self._model_units(x), self._context(len(x), labels))
-        return _finite(z, "example", "a latent").cpu()
+        return _finite(z.cpu(), x, "example")
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, labels: Tensor | None = None) -> Tensor:
@@ -259,24 +259,25 @@ class Flow(nn.Module):
             OptionError: naming the first latent that holds no number, or has no example that is one.
         """
         context = self._context(len(z), labels)
-        x = self.law.bijector.inverse(_finite(z.to(self.law.label.weight), "latent", "a number"), context)
-        return self.facts.to_raw(_finite(x, "latent", "an example").cpu())
+        x = self.law.bijector.inverse(z.to(self.law.label.weight), context)
+        return self.facts.to_raw(_finite(x.cpu(), z, "latent"))
 
     @torch.no_grad()
     def round_trip(self, x: Tensor, *, labels: Tensor | None = None, rng: Seeds = 0) -> RoundTrip:
         """How exactly the flow inverts, for examples in the user's units and as many latents from the normal law."""
-        context = self._context(len(x), labels)
-        x = self.facts.scale.forward(x, dtype=torch.float64).to(self.device)
-        z = randn(x.shape, streams(rng, len(x)), dtype=torch.float64).to(self.device)
-        wide = copy.deepcopy(self.law.bijector).double()
-        return RoundTrip(_trip(self.law.bijector, x.float(), z.float(), context), _trip(wide, x, z, context.double()))
+        z = randn(x.shape, streams(rng, len(x)), dtype=torch.float64)
+        both = (copy.deepcopy(self).float(), copy.deepcopy(self).double())
+        return RoundTrip(
+            *(_trip(flow.law.bijector, flow._model_units(x), z, flow._context(len(x), labels)) for flow in both)
+        )
 
     def _model_units(self, x: Tensor) -> Tensor:
         if tuple(x.shape[1:]) != self.facts.shape:
             raise OptionError(
                 f"received examples of shape {tuple(x.shape[1:])}: those of {self.facts.name} have {self.facts.shape}"
             )
-        return _finite(self.facts.scale.forward(x), "example", "a number").to(self.device)
+        like = self.law.label.weight
+        return _finite(self.facts.scale.forward(x, dtype=like.dtype), x, "example").to(like.device)
 
     def _context(self, n: int, labels: Tensor | None) -> Tensor:
         known = self.law.classes
@@ -306,6 +307,7 @@ def patch_side(shape: tuple[int, ...]) -> int:
 
 
 def _trip(bijector: Bijector, x: Tensor, z: Tensor, context: Tensor) -> Trip:
+    z = z.to(x)
     there, _ = bijector(x, context)
     back = bijector.inverse(z, context)
     data, latent = _error(bijector.inverse(there, context), x), _error(bijector(back, context)[0], z)
@@ -323,13 +325,18 @@ def _most(error: Tensor) -> float:
     return float(error.kthvalue(math.ceil(0.999 * len(error))).values)
 
 
-def _finite(values: Tensor, whose: str, what: str) -> Tensor:
-    """The values, if all are finite.
+def _finite(values: Tensor, source: Tensor, whose: str) -> Tensor:
+    """The values that were made of `source`, if all are finite.
 
     Raises:
-        OptionError: naming the first example that is not.
+        OptionError: naming the first example that is not, and its largest number.
     """
     bad = (~values.isfinite()).flatten(1).any(1)
     if bool(bad.any()):
-        raise OptionError(f"{whose} {int(bad.nonzero()[0, 0])} has a value that this flow cannot take: it gives {what}")
+        i = int(bad.nonzero()[0, 0])
+        worst = source[i].double().flatten().nan_to_num(nan=math.inf).abs().argmax()
+        raise OptionError(
+            f"{whose} {i} cannot be taken, for its number {int(worst)}: {float(source[i].flatten()[worst]):g} is "
+            "not finite, or too far from the data to be mapped to a finite number"
+        )
     return values

@@ -2,12 +2,16 @@
 
 from typing import final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ancestral.flow.bijector import Bijector, summed
 
 SEQUENTIAL = 16
 """Numbers of an example up to which splines are autoregressive, and the inverse takes as many passes; above it, two."""
+
+
+END = 5.0
+"""Of the interval on which a spline is not the identity, which is zuko's choice."""
 
 
 @final
@@ -16,7 +20,7 @@ class Splines(Bijector):
 
     Each number is mapped as those before it say, in an order that changes from one transform to the next: one pass
     forward, one for each number back. Of many numbers half are mapped as the other half says, and back takes two. The
-    identity outside [-5, 5], with slope 1 at the ends.
+    identity outside [-5, 5], with slope 1 at the ends; and what lies outside, the networks see at the end.
 
     Reference: Durkan et al. (2019), sections 3 and 4.
 
@@ -51,6 +55,9 @@ class Splines(Bijector):
             passes=2 if many else None,
             randperm=many,
         ).transform
+        if dims > 1:
+            for each in self.transform.transforms:
+                each.hyper.insert(0, nn.Hardtanh(-END, END))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         z, log_det = self.transform(context).call_and_ladj(x.flatten(1))
