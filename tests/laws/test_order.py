@@ -82,8 +82,8 @@ def errors(name: str, process: P.Process, counts: list[int], spread: float = 0.0
 @pytest.mark.parametrize("schedule", P.SCHEDULES)
 @pytest.mark.parametrize("name", ORDERED)
 def test_measured_order_is_at_least_the_declared_one(name, schedule):
-    """From the beginning of the process to an interior time, on a mixture, over three doublings of the steps."""
-    counts = [40, 80, 160, 320]
+    """From the beginning of the process to an interior time, on a mixture, over two doublings of the steps."""
+    counts = [40, 80, 160]
     assert slope(counts, errors(name, P.named(schedule), counts)) > SAMPLERS[name].order - 0.15
 
 
@@ -94,15 +94,26 @@ def test_order_survives_an_uneven_grid(name):
     assert slope(counts, errors(name, P.linear(), counts, spread=0.3)) > SAMPLERS[name].order - 0.3
 
 
-@pytest.mark.parametrize(("schedule", "predicts"), COMBINATIONS)
-def test_the_parameterization_does_not_matter(schedule, predicts):
-    """Every deterministic walk is the same for the exact denoiser and for a network behind any row: so are orders."""
+@cache
+def end_of(name: str, schedule: str, n: int, predicts: str | None = None) -> torch.Tensor:
+    """Where n steps even in log-SNR end, by the oracle or by a network of some parameterization."""
     process = P.named(schedule)
-    oracle, network, (x, _) = OracleDenoiser(LAW, process), exact(LAW, process, predicts), ends(process)
-    steps = karras(process, 4)
-    for sampler in ORDERED.values():
-        ours, theirs = (sampler(denoiser, x, steps) for denoiser in (oracle, network))
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    denoiser = exact(LAW, process, predicts) if predicts else OracleDenoiser(LAW, process)
+    *_, end = walk(SAMPLERS[name].step, denoiser, Point(1.0, ends(process)[0]), grid(process, n))
+    return end.x
+
+
+@pytest.mark.parametrize(("schedule", "predicts"), COMBINATIONS)
+def test_orders_are_the_same_behind_every_parameterization(schedule, predicts):
+    """What a conversion loses is less than a 200th of the error: measured orders move by less than 0.01.
+
+    log(1.005 / 0.995) / log(30 / 10), for every deterministic sampler on every process.
+    """
+    truth = ends(P.named(schedule))[1]
+    for name in ORDERED:
+        for n in (10, 30):
+            lost = end_of(name, schedule, n, predicts) - end_of(name, schedule, n)
+            assert lost.norm() < 0.005 * (end_of(name, schedule, n) - truth).norm(), (name, n)
 
 
 @pytest.mark.parametrize("schedule", P.SCHEDULES)

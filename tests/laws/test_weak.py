@@ -101,7 +101,7 @@ RATES = [
 @pytest.mark.parametrize(("name", "order", "options"), RATES)
 def test_the_law_of_the_end_converges_at_its_rate(name, order, options, schedule):
     """Of mean and variance together, to exact ones: no noise of sampling, so a wrong coefficient of z has rate 0."""
-    counts = [40, 80, 160]
+    counts = [30, 60, 120]
     assert rate(counts, errors(name, P.named(schedule), counts, options)) > order - 0.15
 
 
