@@ -58,7 +58,7 @@ class Case:
     def begin(self, to: Path, steps: int = 4) -> start.Run:
         changes = [*SMALL[self.variant]]
         if self.variant == "continuous":
-            changes += SMALL["digits" if self.kind == "digits" else "vectors"]
+            changes += SMALL["digits" if self.kind in ("digits", "field") else "vectors"]
         recipe = RECIPE.get(self.variant, self.variant)
         small = ["training.batch=8", "training.checkpoint_every=2", "training.pictures=0", "training.snapshots=0"]
         return start.prepare(self.data, to=to, recipe=recipe, steps=steps, changes=[*changes, *small])

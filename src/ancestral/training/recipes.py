@@ -259,11 +259,11 @@ def choose(facts: Facts, name: str | None = None, preset: str | None = None, fam
     if name is None and family not in (None, "diffusion"):
         name = family
     if name is None:
-        name = "vectors" if not picture else "digits" if small(facts) else "images"
+        name = "vectors" if not picture else "digits" if max(facts.shape[1:]) <= 10 else "images"
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     if name in FOR_IMAGES and not picture:
-        raise OptionError(f"recipe {name!r} is for images, but {facts.name} has shape {facts.shape}: leave it out")
+        raise OptionError(f"recipe {name!r} is for images, but {facts.name} has shape {facts.shape}: use 'vectors'")
     setup = RECIPES[name](facts)
     if family not in (None, setup.family):
         raise OptionError(f"recipe {name!r} is of the family {setup.family!r}, not {family!r}: leave one of them out")
