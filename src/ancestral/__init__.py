@@ -14,27 +14,54 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ancestral import data, diffusion, errors, gaussian, langevin, measure, nets, ode, protocol, rng, toys, training
+    from ancestral import (
+        data,
+        diffusion,
+        errors,
+        flow,
+        gan,
+        gaussian,
+        langevin,
+        measure,
+        nets,
+        ode,
+        protocol,
+        rng,
+        toys,
+        training,
+        vae,
+    )
     from ancestral.diffusion.model import Diffusion
+    from ancestral.flow.model import Flow
+    from ancestral.gan.model import GAN
     from ancestral.measure.evaluate import evaluate
     from ancestral.training.checkpoint import load
     from ancestral.training.start import train
+    from ancestral.vae.model import VAE
 
 __version__ = "0.1.0"
 
 _HOME = {
     "Diffusion": "ancestral.diffusion.model",
+    "Flow": "ancestral.flow.model",
+    "GAN": "ancestral.gan.model",
+    "VAE": "ancestral.vae.model",
     "evaluate": "ancestral.measure.evaluate",
     "load": "ancestral.training.checkpoint",
     "train": "ancestral.training.start",
 }
 
-__all__ = [
+__all__ = [  # noqa: RUF022  # in the order of `sorted`
     "Diffusion",
+    "Flow",
+    "GAN",
+    "VAE",
     "data",
     "diffusion",
     "errors",
     "evaluate",
+    "flow",
+    "gan",
     "gaussian",
     "langevin",
     "load",
@@ -46,6 +73,7 @@ __all__ = [
     "toys",
     "train",
     "training",
+    "vae",
 ]
 
 
