@@ -84,7 +84,9 @@ def errors(name: str, process: P.Process, counts: list[int], spread: float = 0.0
 def test_measured_order_is_at_least_the_declared_one(name, schedule):
     """From the beginning of the process to an interior time, on a mixture, over two doublings of the steps."""
     counts = [40, 80, 160]
-    assert slope(counts, errors(name, P.named(schedule), counts)) > SAMPLERS[name].order - 0.15
+    found = errors(name, P.named(schedule), counts)
+    assert slope(counts, found) > SAMPLERS[name].order - 0.15
+    assert min(found) > 1e-7
 
 
 @pytest.mark.parametrize("name", ORDERED)
@@ -105,15 +107,16 @@ def end_of(name: str, schedule: str, n: int, predicts: str | None = None) -> tor
 
 @pytest.mark.parametrize(("schedule", "predicts"), COMBINATIONS)
 def test_orders_are_the_same_behind_every_parameterization(schedule, predicts):
-    """What a conversion loses is less than a 200th of the error: measured orders move by less than 0.01.
+    """What a conversion loses on the way is a few units of 1e-9, and errors by which orders are measured above 1e-7.
 
-    log(1.005 / 0.995) / log(30 / 10), for every deterministic sampler on every process.
+    Nothing is lost but on the straight path, whose infinite first log-SNR a network is told as -20; elsewhere it is
+    rounding. So the measured order is that of the exact denoiser, for every deterministic sampler.
     """
-    truth = ends(P.named(schedule))[1]
+    most = 2e-8 if schedule == "straight" else 1e-12
     for name in ORDERED:
         for n in (10, 30):
             lost = end_of(name, schedule, n, predicts) - end_of(name, schedule, n)
-            assert lost.norm() < 0.005 * (end_of(name, schedule, n) - truth).norm(), (name, n)
+            assert lost.norm() < most, (name, n)
 
 
 @pytest.mark.parametrize("schedule", P.SCHEDULES)

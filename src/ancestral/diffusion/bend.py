@@ -108,7 +108,7 @@ def bend(starts: Starts, pair: Pair, log_snr_max: float = LOG_SNR_MAX, rounds: i
     """The pair with times moved so that its ends come closer to those of the reference.
 
     The misses r are linearized in (delta, theta) by differences, and the step is the damped one of least sum ||r||^2;
-    one that does not make them smaller is not taken.
+    one that does not make it smaller is not taken.
 
     Reference: Marquardt (1963), for the damping.
 
