@@ -270,7 +270,7 @@ def test_only_settings_that_do_not_enter_the_weights_may_change(tmp_path):
             begin(tmp_path / "run", **options)
     with pytest.raises(RunError, match=r"training\.rate"):
         start.prepare(resume=tmp_path / "run", changes=["training.rate=0.1"])
-    with pytest.raises(OptionError, match="has its recipe"):
+    with pytest.raises(OptionError, match="has its family, recipe and preset"):
         start.prepare(resume=tmp_path / "run", recipe="vectors")
     with pytest.raises(OptionError, match="received both"):
         start.prepare(resume=tmp_path / "run", to=tmp_path / "run")

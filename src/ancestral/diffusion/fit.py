@@ -94,7 +94,7 @@ def fit(
         >>> from ancestral.diffusion import denoise, process
         >>> from ancestral.rng import randn, stream
         >>> oracle = denoise.OracleDenoiser(toys.named("mixture"), process.linear())
-        >>> found = fit(oracle, randn((32, 2), stream(0), dtype=torch.float64), 6, samplers=["euler", "heun"])
+        >>> found = fit(oracle, randn((64, 2), stream(0), dtype=torch.float64), 6, samplers=["euler", "heun"])
         >>> found.errors.rms < found.candidate_errors.rms
         True
     """

@@ -87,8 +87,7 @@ def heun_step(
 
     With churn, x_t is first taken up to where sigma / alpha is 1 + churn times as much, and the step begins there.
 
-    References: Karras et al. (2022), algorithms 1 and 2; churn is their gamma_i, S_churn / N but for its bounds. Cox &
-    Matthews (2002), ETD2RK, for the weight.
+    References: Karras et al. (2022), algorithms 1 and 2, whose gamma_i is churn; Cox & Matthews (2002), ETD2RK.
     """
     x, t = _churned(denoiser.process, x, t, churn, rng)
     x_e = denoiser.affine(x, t, *_ddim(t, s.alpha, s.sigma))
@@ -98,7 +97,8 @@ def heun_step(
     if s.alpha * t.sigma - s.sigma * t.alpha > 2 * t.alpha:
         w, by_x, by_e, by_x_0 = 0.5, s.sigma / t.sigma, 0.0, s.alpha * -math.expm1(-h)
     else:
-        w, by_x, by_e, by_x_0 = 1 / h - 1 / math.expm1(h), s.alpha / t.alpha, -math.expm1(h), s.alpha * math.expm1(h)
+        w = 1 / h - 1 / math.expm1(h) if h > 1e-4 else 0.5 - h / 12  # to h^3 / 720, where the two parts cancel
+        by_x, by_e, by_x_0 = s.alpha / t.alpha, -math.expm1(h), s.alpha * math.expm1(h)
     return denoiser.affine(x_e, s, 1 - w + w * by_e, w * by_x_0).add_(x, alpha=w * by_x), memory
 
 

@@ -75,7 +75,7 @@ def energy(x: Tensor, y: Tensor) -> Margin:
     Example:
         >>> x = torch.linspace(0, 1, 100, dtype=torch.float64)[:, None]
         >>> round(energy(x, x + 2).value, 3)
-        3.327
+        3.32
     """
     n = len(x)
     between, own, other = torch.cdist(x, y), torch.cdist(x, x), torch.cdist(y, y)
