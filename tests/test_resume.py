@@ -62,6 +62,7 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, complaints
 
 
+@pytest.mark.timeout(900)  # some twenty starts of the program, as fast as the machine is
 def test_a_run_killed_at_twenty_random_moments_ends_as_one_that_was_not(tmp_path):
     """SIGKILL, and the same command again: weights, averages, moments, metrics and set-up are equal byte for byte."""
     arguments, began = command(tmp_path / "killed", "--steps", "4000", "--checkpoint-every", "150"), time.monotonic()
