@@ -25,7 +25,7 @@ from ancestral.diffusion.model import Diffusion
 from ancestral.errors import Diverged
 from ancestral.gan.model import GAN
 from ancestral.measure import samples
-from ancestral.measure.modes import expected_quality, modes
+from ancestral.measure.modes import apart, expected_quality, modes
 from ancestral.rng import stream
 
 LAWS = ("two-moons", "ring-8", "grid-25", "checkerboard")
@@ -54,7 +54,8 @@ def known(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in arguments.laws:
         law, data = toys.named(name), load(name)
         fresh = law.sample(FRESH, rng=stream(arguments.seed, 99))
-        if isinstance(law, toys.Mixture) and len(law.weights) > 1 and name != "two-moons":
+        separate = isinstance(law, toys.Mixture) and apart(law)
+        if separate:
             for row, x in {"held-out data": fresh[:DRAWN], "training data": data.train[:DRAWN].double()}.items():
                 yield {"law": name, "family": row, **reached(law, x)}
         for family in arguments.families:
@@ -65,7 +66,7 @@ def known(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 continue
             model, seconds = found
             row["seconds"] = round(seconds, 1)
-            if isinstance(law, toys.Mixture) and name != "two-moons":
+            if separate:
                 row |= reached(law, model.sample(DRAWN, rng=arguments.seed).double())
             yield row | excess(model, fresh, law)
 
@@ -101,7 +102,7 @@ def excess(model: Any, fresh: torch.Tensor, law: toys.Toy) -> dict[str, Any]:
 
 def pictured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every family on the same images."""
-    data = load(arguments.source)
+    data, calibration = load(arguments.source), dict[str, Any]()
     for family in arguments.families:
         where = arguments.to / f"{data.facts.name}-{family}"
         found = trained(arguments.source, RECIPES[family], where, arguments)

@@ -10,8 +10,8 @@ Prints one row for each run and then the worst of all seeds, and writes the same
 
 import argparse
 import json
+import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ancestral.gan.model import GAN
 from ancestral.measure.modes import modes
 from ancestral.protocol import Batch
 from ancestral.rng import Rows
+from ancestral.training import recipes
 from ancestral.training.loop import State, TrainingSection, steps
 
 LOOKS = 4
@@ -37,8 +38,6 @@ def trained(data: Data, seed: int, game: str, gamma: float | None, section: Trai
     model, began, total = GAN(data.facts, loss=game, gamma=gamma), time.process_time(), section.steps or 0
     row: dict[str, Any] = {"data": data.facts.name, "game": game, "gamma": model.gamma, "seed": seed, "said": []}
     state = State(model, section)
-    for optimiser in state.optimisers.values():
-        optimiser.param_groups[0]["betas"] = (0.0, 0.99)
     batch = Batch(data.batch(range(256)), Rows((seed, 1), 256))
     try:
         for record in steps(state, data, total, seed=seed):
@@ -57,26 +56,28 @@ def measured(data: Data, x: torch.Tensor) -> dict[str, Any]:
     """Modes that examples in the user's units reach."""
     law = toys.named(data.facts.name)
     assert isinstance(law, toys.Mixture)
-    return asdict(modes(law, x))
+    return modes(law, x).model_dump()
 
 
 def line(row: dict[str, Any]) -> str:
     """One row for people."""
     name = row["game"] + (f", gamma {row['gamma']:g}" if row["gamma"] else "")
+    kl = math.inf if row["reverse_kl"] is None else row["reverse_kl"]
     return (
         f"| {row['data']} | {name} | {row['seed']} | {row['hit']}/{row['of']} | {row['high_quality']:.3f} | "
-        f"{row['reverse_kl']:.3f} | {row['least']:.2f} | {row['seconds']:.0f} | {'; '.join(row['said'])} |"
+        f"{kl:.3f} | {row['least']:.2f} | {row['seconds']:.0f} | {'; '.join(row['said'])} |"
     )
 
 
 def worst(rows: list[dict[str, Any]]) -> str:
     """The least over the seeds of one game on one data set, and how many of them reached all modes but one in 25."""
     first, quality = rows[0], [row["high_quality"] for row in rows]
+    kl = [math.inf if row["reverse_kl"] is None else row["reverse_kl"] for row in rows]
     enough = sum(row["hit"] >= row["of"] - (row["of"] >= 25) for row in rows)
     return (
         f"{first['data']}, {first['game']}, gamma {first['gamma']:g}: {enough} of {len(rows)} seeds reach the modes, "
         f"the worst {min(row['hit'] for row in rows)}/{first['of']}; high quality {min(quality):.3f} to "
-        f"{max(quality):.3f}, reverse KL up to {max(row['reverse_kl'] for row in rows):.3f}"
+        f"{max(quality):.3f}, reverse KL up to {max(kl):.3f}"
     )
 
 
@@ -87,19 +88,17 @@ def main() -> None:
     parser.add_argument("--games", nargs="*", default=list(GAMES))
     parser.add_argument("--gammas", nargs="*", type=float, default=[None], help="by default the rule")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--clip", type=float, default=100.0)
+    parser.add_argument("--steps", type=int, default=None, help="by default the recipe's")
     parser.add_argument("--to", type=Path, default=Path("runs/gan-modes.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    section = TrainingSection(steps=options.steps, batch=options.batch, rate=options.rate, clip=options.clip)
     rows, last = [], []
     print("| data | game | seed | modes | high quality | reverse KL | least mode | CPU s | said |\n" + "|---" * 9 + "|")
     options.to.parent.mkdir(parents=True, exist_ok=True)
     for name in options.data:
         data = load(name)
+        section = recipes.gan(data.facts).training
+        section = section.model_copy(update={"steps": options.steps}) if options.steps else section
         for real, x in (("held-out data", data.held_out), ("training examples", data.train[: len(data.held_out)])):
             still = {"data": name, "game": real, "gamma": 0, "seed": "-", "said": [], "seconds": 0}
             print(line(still | measured(data, x)), flush=True)

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from functools import reduce
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from torch import nn
 
 from ancestral.data import Scale, load
 from ancestral.errors import OptionError
-from ancestral.flow.bijector import Bijector, Chain, Tails
+from ancestral.flow.bijector import Bijector, Chain, Ends, Tails
 from ancestral.flow.coupling import Coupling, PatchNet, masks
-from ancestral.flow.dequantize import LogMean, Variational
+from ancestral.flow.dequantize import Variational
 from ancestral.flow.model import FEATURES, Flow
 from ancestral.flow.spline import SEQUENTIAL, Splines
 from ancestral.gaussian import LOG_2PI
+from ancestral.importance import Weights
 from ancestral.protocol import Batch, Generative, HasDensity, HasLatent
 from ancestral.rng import Rows, rand, randn, stream
 from ancestral.training import loop
@@ -55,6 +57,7 @@ def splines(dims):
 
 BIJECTORS = {
     "tails": (Tails, (6,)),
+    "ends": (lambda: Ends(1.5), (6,)),
     "splines": (lambda: splines(4), (4,)),
     "splines in two passes": (lambda: splines(SEQUENTIAL + 2), (SEQUENTIAL + 2,)),
     "splines of one number": (lambda: splines(1), (1,)),
@@ -280,7 +283,7 @@ def discrete(dequantization, kind="coupling", stir=0.4):
     return build(DISCRETE, kind=kind, transforms=4, width=16, heads=2, bins=8, stir=stir, dequantization=dequantization)
 
 
-def quadrature(flow, n=40):
+def quadrature(flow, n=160):
     """log P of every x: the density integrated over its bin, by the midpoint rule."""
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     cube = torch.cartesian_prod(u, u).reshape(-1, 2, 1, 1)
@@ -294,8 +297,8 @@ def quadrature(flow, n=40):
 @pytest.mark.parametrize("dequantization", ["uniform", "variational"])
 def test_the_probability_of_a_bin_is_the_integral_of_the_density_over_it(dequantization, kind):
     """Mean weights are unbiased for the integral, tell their error, and add up to no more than one over all x."""
-    flow, copies = discrete(dequantization, kind), 100
-    P = quadrature(flow).exp()
+    flow, copies = discrete(dequantization, kind, stir=0.4 if kind == "coupling" else 0.2), 400
+    coarse, P = (quadrature(flow, n).exp() for n in (160, 320))
     bound = flow.log_prob(ALL.repeat_interleave(copies, 0), draws=40)
     p, claimed = bound.nats.exp().reshape(9, copies), (bound.nats.exp() * bound.stderr).reshape(9, copies)
     stderr = p.std(1) / copies**0.5
@@ -303,7 +306,7 @@ def test_the_probability_of_a_bin_is_the_integral_of_the_density_over_it(dequant
     assert ((p.mean(1) - P).abs() < 4 * stderr + 1e-3 * P).all()
     assert (stderr < 0.1 * P).all()
     assert ((claimed.square().mean(1).sqrt() / p.std(1)).log().abs() < math.log(1.5)).all()
-    assert float(P.sum()) < 1
+    assert float(P.sum()) < 1 + float((P - coarse).abs().sum())  # the rule's own error: nearly all mass is in the cube
     assert float(p.sum(0).mean()) < 1 + 4 * float(stderr.norm())
 
 
@@ -336,11 +339,9 @@ def test_the_learnt_noise_has_the_density_that_it_says():
 
 def test_a_mean_of_weights_that_come_one_at_a_time():
     log_w = 3 * randn((50, 4), stream(0), dtype=torch.float64) - 800
-    mean = LogMean()
-    for row in log_w:
-        mean.add(row)
-    assert torch.allclose(mean.value, log_w.logsumexp(0) - math.log(50))
-    w = (log_w - mean.value).exp()
+    mean = reduce(Weights.joined, (Weights.of(row[:, None]) for row in log_w)).importance
+    assert torch.allclose(mean.nats, log_w.logsumexp(0) - math.log(50))
+    w = (log_w - mean.nats).exp()
     assert torch.allclose(mean.stderr, w.std(0) / 50**0.5)
 
 
@@ -350,9 +351,9 @@ def test_the_loss_is_the_mean_surprise_per_dimension_however_the_batch_is_divide
     flow = build(facts, transforms=2, width=16)
     raw = (3 * rand((64, 2), stream(0))).floor().float()
     x, key = facts.scale.forward(raw), (1, 2)
-    whole = float(flow.loss(Batch(x, Rows(key, 64))))
+    whole = float(flow.loss(Batch(x, Rows(key, 64))).detach())
     assert whole == pytest.approx(-float(flow.log_prob(raw, rng=Rows(key, 64)).nats.mean()) / 2, rel=1e-6)
-    halves = [flow.loss(Batch(x[a : a + 32], Rows(key, 64, a, a + 32))) for a in (0, 32)]
+    halves = [flow.loss(Batch(x[a : a + 32], Rows(key, 64, a, a + 32))).detach() for a in (0, 32)]
     assert whole == pytest.approx(float(sum(halves)) / 2, rel=1e-6)
 
 

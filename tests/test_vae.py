@@ -9,6 +9,7 @@ import torch
 from ancestral import gaussian
 from ancestral.data import Facts, Scale, load
 from ancestral.errors import OptionError
+from ancestral.importance import Weights
 from ancestral.measure import baselines
 from ancestral.nets.ladder import SPREAD
 from ancestral.protocol import Batch, Generative, HasDensity, HasLatent
@@ -16,7 +17,7 @@ from ancestral.rng import Rows, randn, stream, streams
 from ancestral.toys import named
 from ancestral.training import loop
 from ancestral.vae.aggregate import LatentMixture, fit
-from ancestral.vae.bound import Weights, annealed, temperatures
+from ancestral.vae.bound import annealed, temperatures
 from ancestral.vae.decoders import FINEST, HASTE, START, Bernoulli, Gaussian, LogisticMixture
 from ancestral.vae.model import VAE
 from oracles import plain_facts
@@ -436,7 +437,10 @@ def test_a_great_circle_keeps_the_length_of_latents():
         (lambda data: VAE(data.facts, ladder=-1), "received ladder=-1"),
         (lambda data: VAE(data.facts, width=4).sample(2, labels=torch.zeros(2).long()), "trained without"),
         (lambda data: VAE(data.facts, width=4, classes=True).sample(1, labels=torch.tensor([12])), "classes 0 to 9"),
-        (lambda data: VAE(data.facts, width=4, classes=True).sample(3, labels=torch.tensor([1])), "1 labels for 3"),
+        (
+            lambda data: VAE(data.facts, width=4, classes=True).sample(3, labels=torch.tensor([1])),
+            "for 3 examples: give one each",
+        ),
         (lambda data: VAE(data.facts, width=4).log_prob(data.held_out[:2], draws=0), "at least 1 draw"),
         (lambda data: VAE(data.facts, width=4).anneal(data.held_out[:2], steps=0), "at least 1 of each"),
         (lambda data: VAE(data.facts, width=4).log_prob(data.held_out[:0]), "no examples"),

@@ -34,7 +34,6 @@ Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
 Ema = Annotated[
     float | None, typer.Option(help="Length of the average of the weights, relative to the run, made from snapshots.")
 ]
-FAMILIES = ("diffusion", "vae", "flow", "gan")
 LATENTS = 10_000  # of training examples, at most, to which a mixture is fitted
 LIKELIHOODS = ("bound", "all-steps", "limit", "ode", "both")
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a checkpoint inside one.")]
@@ -80,8 +79,6 @@ def train(
 
         if on_bad not in (None, "skip", "fail"):
             raise unknown("--on-bad", on_bad, ("skip", "fail"))
-        if family not in (None, *FAMILIES):
-            raise unknown("--family", family, FAMILIES)
         every = [] if checkpoint_every is None else [f"training.checkpoint_every={checkpoint_every}"]
         wishes = start.Wishes(
             minutes=minutes,

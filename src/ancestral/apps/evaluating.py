@@ -1,8 +1,7 @@
 """What `ancestral evaluate` asks of a model, by what its family can answer, and where the answers go."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from ancestral.gan.model import GAN
 from ancestral.measure import chain, flow, samples
 from ancestral.measure.evaluate import evaluate
 from ancestral.measure.measured import Measured
-from ancestral.measure.modes import modes
-from ancestral.measure.record import Averaged, Comparison, Evaluation, Modes, OdeLikelihood, RoundTrip, Trip
+from ancestral.measure.modes import apart, modes
+from ancestral.measure.record import Averaged, Comparison, Evaluation, OdeLikelihood, RoundTrip
 from ancestral.training import checkpoint, durable
 from ancestral.training.checkpoint import Saved
 from ancestral.training.processes import Processes
@@ -61,25 +60,28 @@ class Question:
         """
         model = saved.model.to(self.group.device)
         several = None if self.tolerance else 2000
-        n = self.n or (flow.EXAMPLES if self.likelihood == "ode" else several)
-        if isinstance(model, Diffusion):
-            return chain.measure(
-                model,
-                examples,
-                n=n,
-                draws=None if self.likelihood == "all-steps" else chain.DRAWS,
-                tolerance=self.tolerance,
-                limit=self.likelihood == "limit",
-                steps=self.steps,
-                variance=self.variance,
-                best=self.best,
-                like=like,
-                seed=self.seed,
-                progress=self.progress,
-                group=self.group,
-            )
-        self._refuse_a_chain(saved)
-        return evaluate(model, examples, n=n, like=like, seed=self.seed, progress=self.progress, group=self.group)
+        if not isinstance(model, Diffusion):
+            self._refuse_a_chain(saved)
+        return evaluate(
+            model,
+            examples,
+            n=self.n or (flow.EXAMPLES if self.likelihood == "ode" else several),
+            like=like,
+            seed=self.seed,
+            progress=self.progress,
+            group=self.group,
+            **(self._of_a_chain() if isinstance(model, Diffusion) else {}),
+        )
+
+    def _of_a_chain(self) -> dict[str, Any]:
+        return {
+            "draws": None if self.likelihood == "all-steps" else chain.DRAWS,
+            "tolerance": self.tolerance,
+            "limit": self.likelihood == "limit",
+            "steps": self.steps,
+            "variance": self.variance,
+            "best": self.best,
+        }
 
     def ode(self, saved: Saved, examples: Data, beside: Measured) -> OdeLikelihood | None:
         """The likelihood along the probability-flow ODE, if it is asked for."""
@@ -178,10 +180,8 @@ def _of_samples(model: Model, examples: Data, seed: int) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {"samples": samples.compare(lambda n: model.sample(n, rng=seed), examples, seed=seed)}
     law = toys.named(examples.facts.source) if examples.facts.source in toys.TOYS else None
-    if isinstance(law, toys.Mixture) and len(law.weights) > 1:
-        reached = modes(law, model.sample(DRAWN, rng=seed).double())
-        kl = reached.reverse_kl if math.isfinite(reached.reverse_kl) else None
-        found["modes"] = Modes(hit=reached.hit, of=reached.of, high_quality=reached.high_quality, reverse_kl=kl)
+    if isinstance(law, toys.Mixture) and apart(law):
+        found["modes"] = modes(law, model.sample(DRAWN, rng=seed).double())
     return found
 
 
@@ -189,6 +189,4 @@ def _of_inverse(model: Model, examples: Data) -> dict[str, Any]:
     """How exactly a flow inverts."""
     if not isinstance(model, Flow):
         return {}
-    found = model.round_trip(examples.held_out[:INVERTED])
-    trips = {name: getattr(found, name) for name in ("float32", "float64")}
-    return {"round_trip": RoundTrip(**{name: Trip(data=trip.data, latent=trip.latent) for name, trip in trips.items()})}
+    return {"round_trip": RoundTrip.model_validate(asdict(model.round_trip(examples.held_out[:INVERTED])))}

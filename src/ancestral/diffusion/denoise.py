@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ancestral.diffusion.process import CONSTRAINTS, LOG_SNR_MIN, Instant, Process, Time, per_example
 from ancestral.errors import OptionError, unknown
+from ancestral.labels import checked
 
 Row = Callable[[Any, Any, float], tuple[Any, Any]]  # of tensors, or of numbers
 
@@ -242,13 +243,8 @@ class Given(Denoiser):
 
     def __init__(self, denoiser: NetworkDenoiser, labels: Tensor) -> None:
         super().__init__()
-        known = denoiser.classes
-        if known is None:
-            raise OptionError("received labels, but this model was trained without: its network takes labels=true")
-        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) > known):
-            named = sorted(set(labels.tolist()))
-            raise OptionError(f"received labels {named}: this model knows classes 0 to {known - 1}")
-        self.denoiser, self.process, self.labels = denoiser, denoiser.process, labels
+        self.denoiser, self.process = denoiser, denoiser.process
+        self.labels = checked(labels, len(labels), denoiser.classes)
 
     def forward(self, x_t: Tensor, t: Time) -> Tensor:
         """E[x_0 | x_t, label]."""

@@ -16,6 +16,7 @@ from ancestral.diffusion.grids import LOG_SNR_MAX, grid
 from ancestral.diffusion.process import CONSTRAINTS, LOG_SNR_MIN, Process
 from ancestral.diffusion.watch import Glimpse, Watched, glimpses
 from ancestral.errors import OptionError, unknown
+from ancestral.labels import told
 from ancestral.nets import MonotoneCurve
 from ancestral.protocol import Batch, Density, Player
 from ancestral.rng import Seeds, rand, randn, streams
@@ -75,9 +76,6 @@ HYBRID = 1e-3
 
 GENTLY = 1e-3
 """By how much the gradient of a schedule's shape is scaled: the network's is clipped as if it were not there."""
-
-UNTOLD = 0.1
-"""Share of the training examples whose class the network is not told."""
 
 WEIGHTINGS = {"simple": simple, "bound": bound, "min-snr": min_snr, "p2": p2, "edm": edm}
 """(denoiser, times of the chain) -> (probability of training on each, weight of the squared error of x_0 there)."""
@@ -186,8 +184,8 @@ class Diffusion(nn.Module):
         t, weight = self._times[step], self._weight[step]
         x_t, _ = self.process.marginal(x_0, t, rows)
         if self.variance == "learned":
-            return self._hybrid(x_0, x_t, step, weight, self._labels(batch))
-        error = (self.network(x_t, t, self._labels(batch)) - x_0).square().flatten(1).mean(1)
+            return self._hybrid(x_0, x_t, step, weight, told(batch, self.network.classes))
+        error = (self.network(x_t, t, told(batch, self.network.classes)) - x_0).square().flatten(1).mean(1)
         return (weight.to(error) * error).mean()
 
     def _with_schedule(self, curve: MonotoneCurve, batch: Batch, step: Tensor) -> Tensor:
@@ -208,7 +206,7 @@ class Diffusion(nn.Module):
             t, (first, last) = self._times[step], self.process.log_snr(self._times[[0, -1]])
             weight = WEIGHTINGS["bound"](self.network, self._times)[1][step]
             x_t, _ = self.process.marginal(x_0, t, rows)
-            error = (self.network(x_t, t, self._labels(batch)) - x_0).square().flatten(1).mean(1)
+            error = (self.network(x_t, t, told(batch, self.network.classes)) - x_0).square().flatten(1).mean(1)
         terms = weight.to(error) * error
         x_0 = x_0.double().cpu().flatten(1)
         alpha, sigma = CONSTRAINTS[self.process.constraint](last)
@@ -240,16 +238,6 @@ class Diffusion(nn.Module):
             return bound
         error = (guess - x_0).square().flatten(1).mean(1)
         return (weight.to(error) * error).mean() + HYBRID * bound
-
-    def _labels(self, batch: Batch) -> Tensor | None:
-        """The labels of a batch that the network is told, if it knows classes: all but a tenth of them.
-
-        Reference: Ho & Salimans (2022), algorithm 1: what is untold is learnt as the law of all classes together.
-        """
-        if batch.labels is None or self.network.classes is None:
-            return None
-        untold = rand((len(batch.x),), batch.rows) < UNTOLD
-        return torch.where(untold.to(self.device), self.network.classes, batch.labels)
 
     def sample(
         self,

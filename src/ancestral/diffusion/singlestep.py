@@ -97,7 +97,7 @@ def heun_step(
     if s.alpha * t.sigma - s.sigma * t.alpha > 2 * t.alpha:
         w, by_x, by_e, by_x_0 = 0.5, s.sigma / t.sigma, 0.0, s.alpha * -math.expm1(-h)
     else:
-        w = 1 / h - 1 / math.expm1(h) if h > 1e-4 else 0.5 - h / 12  # to h^3 / 720, where the two parts cancel
+        w = 1 / h - 1 / math.expm1(h) if abs(h) > 1e-4 else 0.5 - h / 12  # to h^3 / 720: parts cancel
         by_x, by_e, by_x_0 = s.alpha / t.alpha, -math.expm1(h), s.alpha * math.expm1(h)
     return denoiser.affine(x_e, s, 1 - w + w * by_e, w * by_x_0).add_(x, alpha=w * by_x), memory
 

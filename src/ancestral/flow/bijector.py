@@ -5,12 +5,14 @@
     Bijector     what the change of variables asks of a block
     ├── Chain    one after the other; takes bijectors only
     ├── Tails    the identity near zero, a logarithm far from it
+    ├── Ends     a logit between the ends of an interval, and straight lines beyond
     ├── Coupling half of the values moved and stretched as the other half says   (coupling.py)
     └── Splines  monotone rational-quadratic splines                             (spline.py)
 
 Shapes: B batch, F features of the context.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import final
@@ -112,6 +114,42 @@ class Tails(Bijector):
     def inverse(self, z: Tensor, context: Tensor) -> Tensor:
         beyond = (z.abs() - self.knee).clamp(min=0)
         return torch.where(beyond > 0, z.sign() * (self.knee + beyond.expm1()), z)
+
+
+@final
+class Ends(Bijector):
+    """A logit between the ends of an interval (-b, b), and straight lines from near the ends on.
+
+        f(x) = log(w / (1 - w)),   w = (x + b) / (2b)   where w and 1 - w are at least k, a line of equal slope beyond
+
+    Dequantized levels fill an interval, and many of them are often at an end of it: black, or white. Here the bins at
+    the ends become wide, so that no block has to stretch them. The slope is nowhere more than 1 / (2b k (1 - k)), so
+    that rounding of x stays small, and values outside the interval are mapped like any other.
+
+    Args:
+        bound: b.
+        knee: k.
+
+    Example:
+        >>> ends, x = Ends(1.0), torch.tensor([[0.0], [0.9], [1.0], [1e6]])
+        >>> ends.inverse(ends(x, torch.zeros(4, 0))[0], torch.zeros(4, 0)).flatten()
+        tensor([0.0000e+00, 9.0000e-01, 1.0000e+00, 1.0000e+06])
+    """
+
+    def __init__(self, bound: float, knee: float = 1 / 256) -> None:
+        super().__init__()
+        self.bound, self.edge = bound, bound * (1 - 2 * knee)
+        self.top, self.slope = math.log((1 - knee) / knee), 1 / (2 * bound * knee * (1 - knee))
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        within, beyond = x.clamp(-self.edge, self.edge), (x.abs() - self.edge).clamp(min=0)
+        z = 2 * (within / self.bound).atanh() + x.sign() * self.slope * beyond
+        log_slope = math.log(2 / self.bound) - torch.log1p(-(within / self.bound).square())
+        return z, summed(log_slope)
+
+    def inverse(self, z: Tensor, context: Tensor) -> Tensor:
+        within, beyond = z.clamp(-self.top, self.top), (z.abs() - self.top).clamp(min=0)
+        return self.bound * (within / 2).tanh() + z.sign() * beyond / self.slope
 
 
 def summed(log_slopes: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from ancestral.errors import OptionError
 from ancestral.flow.bijector import Bijector, summed
 from ancestral.nets.blocks import zeroed
-from ancestral.nets.dit import DiTBlock
+from ancestral.nets.dit import DiTBlock, joined
 
 Shape = tuple[int, int, int]
 """Of an image: C, H, W."""
@@ -50,12 +50,12 @@ class PatchNet(nn.Module):
 
     def forward(self, x_BCHW: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W), (B, features) -> (B, C, H, W) twice."""
-        _, C, H, W = x_BCHW.shape
+        _, _, H, W = x_BCHW.shape
         h_BNE = self.enter(split(x_BCHW, self.patch)) + self.places
         for block in self.blocks:
             h_BNE = block(h_BNE, context)
         out = self.leave(F.layer_norm(h_BNE, h_BNE.shape[-1:]))
-        first, second = joined(out, (2 * C, H, W), self.patch).chunk(2, 1)
+        first, second = joined(out, H // self.patch, W // self.patch, self.patch).chunk(2, 1)
         return first, second
 
 
@@ -63,12 +63,6 @@ def split(x_BCHW: Tensor, patch: int) -> Tensor:
     """An image as a sequence of its patches, (B, C, H, W) -> (B, N, D)."""
     (B, C, H, W), P = x_BCHW.shape, patch
     return x_BCHW.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)
-
-
-def joined(x_BND: Tensor, shape: Shape, patch: int) -> Tensor:
-    """The image of which these are the patches, (B, N, D) -> (B, C, H, W)."""
-    (C, H, W), P = shape, patch
-    return x_BND.reshape(-1, H // P, W // P, C, P, P).permute(0, 3, 1, 4, 2, 5).reshape(-1, C, H, W)
 
 
 @final
@@ -102,12 +96,17 @@ class Coupling(Bijector):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         b, r = self.net(x * self.keep, context)
-        log_s = (math.log(2) + F.logsigmoid(r)).masked_fill(self.keep, 0.0)
+        log_s = _log_scale(r).masked_fill(self.keep, 0.0)
         return torch.where(self.keep, x, (x + b) * log_s.exp()), summed(log_s)
 
     def inverse(self, z: Tensor, context: Tensor) -> Tensor:
         b, r = self.net(z * self.keep, context)
-        return torch.where(self.keep, z, z * (-math.log(2) - F.logsigmoid(r)).exp() - b)
+        return torch.where(self.keep, z, z * (-_log_scale(r)).exp() - b)
+
+
+def _log_scale(r: Tensor) -> Tensor:
+    """log s, zero at r = 0."""
+    return math.log(2) + F.logsigmoid(r)
 
 
 def masks(shape: Shape, patch: int) -> Iterator[Tensor]:
@@ -133,10 +132,10 @@ def masks(shape: Shape, patch: int) -> Iterator[Tensor]:
             half = torch.zeros(dims, dtype=torch.bool)
             half[torch.randperm(dims)[: dims // 2]] = True
             for kept in (half, ~half):
-                yield joined(kept.expand(1, H * W // P**2, dims), shape, P)[0].contiguous()
+                yield joined(kept.expand(1, H * W // P**2, dims), H // P, W // P, P)[0].contiguous()
         if patterns:
             kept = patterns[step % len(patterns)].reshape(1, -1, 1).expand(-1, -1, dims)
-            yield joined(kept, shape, P)[0].contiguous()
+            yield joined(kept, H // P, W // P, P)[0].contiguous()
             step += 1
         elif dims == 1:
             yield torch.zeros(shape, dtype=torch.bool)  # a single value is moved by what it is told of

@@ -93,42 +93,6 @@ def _log_slope(v: Tensor) -> Tensor:
     return F.logsigmoid(v) + F.logsigmoid(-v)
 
 
-class LogMean:
-    """The logarithm of a mean of weights, and its standard error, from log-weights that come one at a time.
-
-        log mean w = logsumexp - log K,   stderr = sqrt( (mean w^2 / (mean w)^2 - 1) / (K - 1) )   to first order
-
-    Example:
-        >>> mean = LogMean()
-        >>> for w in (1.0, 3.0):
-        ...     mean.add(torch.tensor([w]).log())
-        >>> round(float(mean.value.exp()), 6), round(float(mean.stderr), 6)
-        (2.0, 0.5)
-    """
-
-    def __init__(self) -> None:
-        self.n, self.first, self.second = 0, torch.tensor(-math.inf), torch.tensor(-math.inf)
-
-    def add(self, log_w: Tensor) -> None:
-        """Take in one log-weight of each example, shape (B,)."""
-        self.n += 1
-        self.first = torch.logaddexp(self.first.to(log_w), log_w)
-        self.second = torch.logaddexp(self.second.to(log_w), 2 * log_w)
-
-    @property
-    def value(self) -> Tensor:
-        """log mean w, shape (B,)."""
-        return self.first - math.log(self.n)
-
-    @property
-    def stderr(self) -> Tensor | None:
-        """Of `value`, shape (B,); None of one draw."""
-        if self.n < 2:
-            return None
-        ratio = (self.second - math.log(self.n) - 2 * self.value).exp()
-        return ((ratio - 1).clamp(min=0) / (self.n - 1)).sqrt()
-
-
 def width(levels: int, dims: int) -> float:
     """D log(2h): the log-volume of a bin in the model's units, where the end levels are -1 and 1."""
     return dims * math.log(2 / (levels - 1))

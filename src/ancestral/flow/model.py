@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import final
 
 import torch
@@ -12,22 +13,21 @@ from torch import Tensor, nn
 from ancestral.data import Facts
 from ancestral.errors import OptionError, unknown
 from ancestral.flow import dequantize
-from ancestral.flow.bijector import Bijector, Chain, Tails, summed
+from ancestral.flow.bijector import Bijector, Chain, Ends, Tails, summed
 from ancestral.flow.coupling import Coupling, PatchNet, masks
-from ancestral.flow.dequantize import Dequantizer, LogMean, Uniform, Variational
+from ancestral.flow.dequantize import Dequantizer, Uniform, Variational
 from ancestral.flow.spline import Splines
 from ancestral.gaussian import LOG_2PI
+from ancestral.importance import Weights
+from ancestral.labels import checked, counted, told
 from ancestral.protocol import Batch, Density, Player
-from ancestral.rng import Rng, Seeds, rand, randn, streams
+from ancestral.rng import Rng, Seeds, randn, streams
 
 KINDS = ("spline", "coupling")
 DEQUANTIZATIONS = ("uniform", "variational")
 
 FEATURES = 16
 """Of the vector that stands for a class."""
-
-UNTOLD = 0.1
-"""Share of the training examples whose class the flow is not told."""
 
 DEFAULTS = {
     "spline": {"transforms": 4, "width": 128, "depth": 2},
@@ -103,7 +103,7 @@ class Flow(nn.Module):
         log p(x) = log N(f(x); 0, I) + log |det df/dx|
 
     A flow is of splines, for vectors; or of couplings, for images, see `coupling.Coupling`. Real values pass `Tails`
-    first. Data on levels is dequantized, see `dequantize`.
+    first, whatever they are. Data on levels is dequantized, see `dequantize`, and passes `Ends`.
 
     Args:
         facts: of the data: shape, levels, scale, classes.
@@ -150,8 +150,6 @@ class Flow(nn.Module):
             raise unknown("dequantization", dequantization, DEQUANTIZATIONS)
         if kind == "coupling" and len(facts.shape) != 3:
             raise OptionError(f"couplings are for images, but {facts.name} has shape {facts.shape}: use kind='spline'")
-        if classes and not facts.classes:
-            raise OptionError(f"the flow is to learn classes, but {facts.name} has none: leave out classes=true")
         transforms, width, depth = (
             DEFAULTS[kind][name] if given is None else given
             for name, given in (("transforms", transforms), ("width", width), ("depth", depth))
@@ -164,7 +162,7 @@ class Flow(nn.Module):
         self.facts = facts
         shape = (facts.shape[0], facts.shape[1], facts.shape[2]) if kind == "coupling" else (facts.dims, 1, 1)
         side = patch or patch_side(shape)
-        blocks: list[Bijector] = [] if facts.levels else [Tails()]
+        blocks: list[Bijector] = [Ends(facts.levels / (facts.levels - 1)) if facts.levels else Tails()]
         if kind == "spline":
             blocks.append(Splines(facts.dims, FEATURES, transforms=transforms, bins=bins, width=width, depth=depth))
         else:
@@ -177,7 +175,7 @@ class Flow(nn.Module):
             dequantizer = Uniform()
         elif facts.levels:
             dequantizer = Variational(shape, side, FEATURES, width=width, heads=heads)
-        self.law = Law(Chain(blocks), len(facts.classes or ()) if classes else 0, dequantizer)
+        self.law = Law(Chain(blocks), counted(facts.classes, facts.name, wanted=classes) or 0, dequantizer)
 
     @property
     def device(self) -> torch.device:
@@ -190,11 +188,8 @@ class Flow(nn.Module):
 
     def loss(self, batch: Batch) -> Tensor:
         """-log p(x) per dimension in nats, of the density in the model's units, or of the bin of x with one draw."""
-        labels = batch.labels if self.law.classes else None
-        if labels is not None:
-            untold = rand((len(labels),), batch.rows).to(labels.device) < UNTOLD
-            labels = torch.where(untold, self.law.classes, labels)
-        log_p = self._log_weight(batch.x, self.law.context(len(batch.x), labels), batch.rows)
+        context = self.law.context(len(batch.x), told(batch, self.law.classes or None))
+        log_p = self._log_weight(batch.x, context, batch.rows)
         return -log_p.mean() / self.facts.dims
 
     def _log_weight(self, x: Tensor, context: Tensor, rng: Rng) -> Tensor:
@@ -227,10 +222,8 @@ class Flow(nn.Module):
         x, context, each = self._model_units(x), self._context(len(x), labels), streams(rng, len(x), start=start)
         if levels is None:
             return Density((self.law(x, context) + self.facts.scale.log_det(self.facts.shape)).cpu(), "exact")
-        mean = LogMean()
-        for _ in range(draws):
-            mean.add(self._log_weight(x, context, each))
-        return Density(mean.value.cpu(), "lower bound", None if mean.stderr is None else mean.stderr.cpu())
+        one_each = (Weights.of(self._log_weight(x, context, each)[:, None].cpu()) for _ in range(draws))
+        return reduce(Weights.joined, one_each).importance
 
     @torch.no_grad()
     def sample(self, n: int, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None) -> Tensor:
@@ -280,18 +273,9 @@ class Flow(nn.Module):
         return _finite(self.facts.scale.forward(x, dtype=like.dtype), x, "example").to(like.device)
 
     def _context(self, n: int, labels: Tensor | None) -> Tensor:
-        known = self.law.classes
         if labels is None:
             return self.law.context(n)
-        if not known:
-            raise OptionError("received labels, but this model was trained without: it takes classes=true")
-        if len(labels) != n or (n and (int(labels.min()) < 0 or int(labels.max()) > known)):
-            named = sorted(set(labels.tolist()))
-            raise OptionError(
-                f"received {len(labels)} labels {named} for {n} examples: give one each; this model knows classes 0 to "
-                f"{known - 1}"
-            )
-        return self.law.context(n, labels.to(self.device))
+        return self.law.context(n, checked(labels, n, self.law.classes or None).to(self.device))
 
 
 def patch_side(shape: tuple[int, ...]) -> int:

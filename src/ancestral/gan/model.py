@@ -12,6 +12,7 @@ from ancestral.errors import OptionError, unknown
 from ancestral.gan.augment import augmented
 from ancestral.gan.diagnostics import collapsed, standing
 from ancestral.gan.losses import GAMES, squared_gradient
+from ancestral.labels import checked, counted
 from ancestral.nets.critic import ImageCritic, ImageGenerator, VectorCritic, VectorGenerator
 from ancestral.protocol import Batch, Player
 from ancestral.rng import Rows, Seeds, rand, randn, streams
@@ -76,12 +77,10 @@ class GAN(nn.Module):
             raise OptionError(f"received pac={pac} with classes or augment: packs are for plain examples, give pac=1")
         if augment and not facts.is_image:
             raise OptionError(f"received augment=True for examples of shape {facts.shape}: it changes images alone")
-        if classes and not facts.classes:
-            raise OptionError(f"received classes=True, and {facts.name} has no classes: leave it out")
         self.facts, self.game, self.pac, self.augment = facts, GAMES[loss], pac, augment
         per_number = (GAMMA_IMAGES if facts.is_image else GAMMA_VECTORS) * self.game.penalised
         self.gamma = per_number * facts.dims if gamma is None else gamma
-        self.classes = len(facts.classes or ()) if classes else None
+        self.classes = counted(facts.classes, facts.name, wanted=classes)
         packed_shape = (pac * facts.shape[0], *facts.shape[1:])
         if facts.is_image:
             self.latent, width, depth = latent or 64, width or 32, depth or 1
@@ -139,7 +138,7 @@ class GAN(nn.Module):
         each = streams(rng, n, start=start)
         z = randn((n, self.latent), each)
         if labels is not None:
-            self._check(n, labels)
+            checked(labels, n, self.classes, together=False)
         elif self.classes:
             labels = (rand((n,), each) * self.classes).long()
         parts = []
@@ -179,17 +178,6 @@ class GAN(nn.Module):
     def _seen(self, x: Tensor, rows: Rows) -> Tensor:
         """Examples in the model's units as the critic sees them."""
         return packed(augmented(x, rows) if self.augment else x, self.pac)
-
-    def _check(self, n: int, labels: Tensor) -> None:
-        if self.classes is None:
-            raise OptionError(
-                "received labels, and this model knows no classes: train one with classes=true, or leave them out"
-            )
-        if labels.shape != (n,) or not bool(((labels >= 0) & (labels < self.classes)).all()):
-            raise OptionError(
-                f"received labels of shape {tuple(labels.shape)} for {n} samples: give one each, of classes 0 to "
-                f"{self.classes - 1}"
-            )
 
 
 def packed(x: Tensor, pac: int) -> Tensor:

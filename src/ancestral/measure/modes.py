@@ -1,36 +1,26 @@
 """Which modes of a mixture a set of samples reaches, and how much of it lies at one."""
 
-import math
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ancestral import toys
 from ancestral.errors import OptionError
+from ancestral.measure.record import Modes
 
 REACH = 3.0
 """Mahalanobis distance from a mean below which a sample counts to its mode."""
 
 
-@dataclass(frozen=True)
-class Modes:
-    """What a set of samples reaches.
+def apart(law: toys.Mixture) -> bool:
+    """Whether the law has several modes, none of whose means is within twice `REACH` of another.
 
-    Attributes:
-        hit: modes to which at least one sample counts.
-        of: modes that there are.
-        high_quality: share of the samples that count to a mode.
-        reverse_kl: KL(q || p) in nats, q the shares of the modes among the samples that count and p their weights: 0
-            when all modes are met as often as they should be, infinite when no sample counts.
-        least: the smallest share of a mode, relative to its weight.
+    Example:
+        >>> apart(toys.ring_8()), apart(toys.two_moons())
+        (True, False)
     """
-
-    hit: int
-    of: int
-    high_quality: float
-    reverse_kl: float
-    least: float
+    offsets = law.means[:, None] - law.means
+    squared = torch.einsum("jkd,kde,jke->jk", offsets, torch.linalg.inv(law.covs), offsets)
+    return len(law.weights) > 1 and float(squared.fill_diagonal_(torch.inf).min()) > (2 * REACH) ** 2
 
 
 def modes(law: toys.Mixture, x: Tensor) -> Modes:
@@ -66,7 +56,7 @@ def modes(law: toys.Mixture, x: Tensor) -> Modes:
         hit=int((counts > 0).sum()),
         of=len(counts),
         high_quality=float(total / len(x)),
-        reverse_kl=float(torch.special.xlogy(q, q / law.weights).sum()) if total else math.inf,
+        reverse_kl=float(torch.special.xlogy(q, q / law.weights).sum()) if total else None,
         least=float((q / law.weights).min()),
     )
 
@@ -77,7 +67,8 @@ def expected_quality(dim: int) -> float:
     Reference: the regularised incomplete gamma function P(D / 2, REACH^2 / 2).
 
     Example:
-        >>> round(expected_quality(2), 6), round(1 - math.exp(-9 / 2), 6)
+        >>> from math import exp
+        >>> round(expected_quality(2), 6), round(1 - exp(-9 / 2), 6)
         (0.988891, 0.988891)
     """
     half = torch.tensor([dim / 2, REACH**2 / 2], dtype=torch.float64)

@@ -121,19 +121,27 @@ class Samples(Record):
 
 
 class Modes(Record):
-    """The modes of a mixture that samples reach: `hit` out of `of`, and the share of samples that lies at one."""
+    """The modes of a mixture that samples reach: `hit` out of `of`, and the share of samples that lies at one.
+
+    `reverse_kl` is KL(q || p) in nats, with q the shares of the modes among the samples that lie at one, and p their
+    weights: 0 when all modes are met as often as they should be, and None when no sample lies at one. `least` is the
+    smallest share of a mode, relative to its weight.
+    """
 
     hit: int
     of: int
     high_quality: float
     reverse_kl: float | None
+    least: float
 
 
 class Trip(Record):
-    """The largest error of a flow's way there and back, relative where values exceed 1, in both directions."""
+    """The error of a flow's way there and back, relative where values exceed 1: the largest, and what 99.9% keep to."""
 
     data: float
+    data_most: float
     latent: float
+    latent_most: float
 
 
 class RoundTrip(Record):

@@ -119,7 +119,7 @@ class DiT(nn.Module):
         return first, second
 
     def _put_out(self, x_BCHW: Tensor, log_snr: Tensor, labels: Tensor | None) -> Tensor:
-        (B, _, H, W), P = x_BCHW.shape, self.patch
+        (_, _, H, W), P = x_BCHW.shape, self.patch
         rows, columns = -(-H // P), -(-W // P)
         with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=self.lowered):
             embedding = self.embedding(log_snr, labels)
@@ -132,10 +132,11 @@ class DiT(nn.Module):
                 x_BNE = block(x_BNE, embedding)
             shift, scale = self.modulation(embedding)[:, None].chunk(2, 2)
             out = self.leave(modulated(x_BNE, shift, scale))
-        out_BCHW = (
-            out.float()
-            .reshape(B, rows, columns, -1, P, P)
-            .permute(0, 3, 1, 4, 2, 5)
-            .reshape(B, -1, rows * P, columns * P)
-        )
-        return out_BCHW[:, :, :H, :W]
+        return joined(out.float(), rows, columns, P)[:, :, :H, :W]
+
+
+def joined(x_BND: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """The image of which these are the patches, row by row, (B, rows columns, C P P) -> (B, C, rows P, columns P)."""
+    P = patch
+    x_BCHW = x_BND.reshape(len(x_BND), rows, columns, -1, P, P).permute(0, 3, 1, 4, 2, 5)
+    return x_BCHW.reshape(len(x_BND), -1, rows * P, columns * P)

@@ -345,7 +345,7 @@ def network(
     channels: int,
     classes: int | None,
 ) -> Ladder:
-    """The network for examples of this shape: convolutions for grey and RGB images, layers for anything else."""
+    """The network for examples of this shape: convolutions for what has channels and two sides, layers for the rest."""
     if len(shape) == 3:
         return ConvLadder(shape, per_value, width, blocks, latents, rungs, channels, classes)
     return MLPLadder(shape, per_value, width, blocks, latents, rungs, classes)

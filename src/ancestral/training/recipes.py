@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import ValidationError
@@ -19,6 +19,7 @@ from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError, unknown
 from ancestral.flow.model import Flow
 from ancestral.gan.model import GAN
+from ancestral.labels import counted
 from ancestral.nets import MLP, DiT, UNet
 from ancestral.training.loop import TrainingSection
 from ancestral.training.settings import (
@@ -127,7 +128,7 @@ def vectors(facts: Facts) -> Setup:
 def vae(facts: Facts) -> Setup:
     """A variational autoencoder whose decoder is a likelihood: of levels, bits or real values."""
     section = VAESection(ladder=0 if small(facts) else 1)
-    if not facts.is_image:
+    if len(facts.shape) != 3:
         section = VAESection(latents=min(32, facts.dims), ladder=2, width=128, blocks=2)
     return Setup(recipe="vae", family="vae", vae=section, training=autoencoding(facts), **NO_DIFFUSION)
 
@@ -141,7 +142,7 @@ def ladder(facts: Facts) -> Setup:
 
 def autoencoding(facts: Facts) -> TrainingSection:
     """Few steps for few small images, which a VAE learns by heart."""
-    if not facts.is_image:
+    if len(facts.shape) != 3:
         return TrainingSection(steps=3000, batch=256, rate=2e-3)
     if small(facts):
         return TrainingSection(steps=1500, batch=128)
@@ -195,7 +196,7 @@ def playing(facts: Facts) -> TrainingSection:
 
 def small(facts: Facts) -> bool:
     """Whether images are such as the digits."""
-    return facts.is_image and max(facts.shape[1:]) <= 10
+    return len(facts.shape) == 3 and max(facts.shape[1:]) <= 10
 
 
 NO_DIFFUSION: dict[str, None] = {"process": None, "diffusion": None}
@@ -255,11 +256,13 @@ def choose(facts: Facts, name: str | None = None, preset: str | None = None, fam
     Raises:
         OptionError: if there is no recipe or preset of that name, it is of another family, or for images only.
     """
+    if family is not None and family not in get_args(Family):
+        raise unknown("family", family, get_args(Family))
     picture = len(facts.shape) == 3
     if name is None and family not in (None, "diffusion"):
         name = family
     if name is None:
-        name = "vectors" if not picture else "digits" if max(facts.shape[1:]) <= 10 else "images"
+        name = "vectors" if not picture else "digits" if small(facts) else "images"
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     if name in FOR_IMAGES and not picture:
@@ -338,16 +341,16 @@ def build(setup: Setup, facts: Facts, seed: int = 0) -> Model:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if setup.vae:
-            return VAE(facts, **_keywords(setup.vae, facts))
+            return VAE(facts, **_keywords(setup.vae))
         if setup.flow:
-            return Flow(facts, **_keywords(setup.flow, facts))
+            return Flow(facts, **_keywords(setup.flow))
         if setup.gan:
-            return GAN(facts, **_keywords(setup.gan, facts))
+            return GAN(facts, **_keywords(setup.gan))
         return _diffusion(setup, facts)
 
 
-def _keywords(section: VAESection | FlowSection | GANSection, facts: Facts) -> dict[str, Any]:
-    return {**section.model_dump(exclude={"labels"}), "classes": _labelled(section.labels, facts)}
+def _keywords(section: VAESection | FlowSection | GANSection) -> dict[str, Any]:
+    return {**section.model_dump(exclude={"labels"}), "classes": section.labels}
 
 
 def _diffusion(setup: Setup, facts: Facts) -> Diffusion:
@@ -361,7 +364,7 @@ def _diffusion(setup: Setup, facts: Facts) -> Diffusion:
     if section is None:
         net: torch.nn.Module = MLP(facts.shape, **(setup.mlp or MLPSection()).model_dump())
     else:
-        classes = len(facts.classes or ()) if _labelled(section.labels, facts) else None
+        classes = counted(facts.classes, facts.name, wanted=section.labels)
         kind = UNet if setup.unet else DiT
         net = kind(facts.shape[0], classes=classes, levels=facts.levels, **section.model_dump(exclude={"labels"}))
     return Diffusion(net, process, facts, **diffusion.model_dump())
@@ -373,13 +376,6 @@ def _process(section: ProcessSection) -> processes.Process:
     else:
         process = processes.from_betas(section.betas)
     return processes.zero_terminal(process) if section.zero_terminal else process
-
-
-def _labelled(labels: bool, facts: Facts) -> bool:
-    """Whether classes are to be learnt, which the data then has to have."""
-    if labels and not facts.classes:
-        raise OptionError(f"the network is to learn labels, but {facts.name} has none: leave out labels=true")
-    return labels
 
 
 def _parse(value: str) -> Any:

@@ -7,16 +7,15 @@ from torch import Tensor, nn
 
 from ancestral.data import Facts
 from ancestral.errors import OptionError
+from ancestral.importance import Weights
+from ancestral.labels import checked, counted, told
 from ancestral.nets.ladder import network
 from ancestral.protocol import Batch, Density, Player
-from ancestral.rng import Rng, Seeds, rand, randn, stream, streams
+from ancestral.rng import Rng, Seeds, randn, stream, streams
 from ancestral.vae import aggregate, bound
 from ancestral.vae.aggregate import LatentMixture
-from ancestral.vae.bound import AT_ONCE, Weights
+from ancestral.vae.bound import AT_ONCE
 from ancestral.vae.decoders import decoder
-
-UNTOLD = 0.1
-"""Share of the training examples whose class the network is not told."""
 
 TOGETHER = 16
 """Examples that are measured at a time, so that a pass of the network is over many draws of few examples."""
@@ -68,8 +67,6 @@ class VAE(nn.Module):
         classes: bool = False,
     ) -> None:
         super().__init__()
-        if classes and not facts.classes:
-            raise OptionError(f"the network is to learn classes, but {facts.name} has none: leave out classes=true")
         least = {"latents": 1, "ladder": 0, "channels": 1, "width": 1, "blocks": 0}
         given = {"latents": latents, "ladder": ladder, "channels": channels, "width": width, "blocks": blocks}
         for name, number in given.items():
@@ -84,7 +81,7 @@ class VAE(nn.Module):
             latents=latents,
             rungs=ladder,
             channels=channels,
-            classes=len(facts.classes or ()) if classes else None,
+            classes=counted(facts.classes, facts.name, wanted=classes),
         )
 
     @property
@@ -115,7 +112,7 @@ class VAE(nn.Module):
         """
         x = batch.x.to(self.dtype)
         noise = randn((len(x), self.latents), batch.rows, dtype=self.dtype).to(x.device)
-        found = self.network(x, noise, self._told(batch))
+        found = self.network(x, noise, told(batch, self.network.classes))
         excess = found.log_std.mul(2).expm1() - 2 * found.log_std + found.mean.square()
         kl = 0.5 * excess.sum(1)
         return ((kl - self.decoder.log_prob(x, found.out).to(kl)) / self.facts.dims).mean()
@@ -152,7 +149,7 @@ class VAE(nn.Module):
     def log_prob(
         self, x: Tensor, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None, draws: int = 64
     ) -> Density:
-        """The importance-weighted bound on log p(x), in nats of the data as given; see `bound.Weights.importance`."""
+        """The importance-weighted bound on log p(x), in nats of the data as given; see `importance.Weights`."""
         return self.bound(x, draws=draws, rng=rng, start=start, labels=labels).importance
 
     @torch.no_grad()
@@ -333,30 +330,8 @@ class VAE(nn.Module):
             yield x_0, None if labels is None else labels[first : first + size]
 
     def _known(self, labels: Tensor | None, n: int) -> Tensor | None:
-        """The labels of n examples where the network computes, if it knows them.
-
-        Raises:
-            OptionError: if the network knows no classes, or not these, or they are not as many.
-        """
-        if labels is None:
-            return None
-        classes = self.network.classes
-        if classes is None:
-            raise OptionError("received labels, but this model was trained without: its network takes classes=true")
-        if len(labels) != n:
-            raise OptionError(f"received {len(labels)} labels for {n} examples: give one each")
-        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) > classes):
-            named = sorted(set(labels.tolist()))
-            raise OptionError(f"received labels {named}: this model knows classes 0 to {classes - 1}")
-        return labels.to(self.device)
-
-    def _told(self, batch: Batch) -> Tensor | None:
-        """The labels of a batch that the network is told, if it knows classes: all but a tenth of them."""
-        classes = self.network.classes
-        if batch.labels is None or classes is None:
-            return None
-        untold = rand((len(batch.x),), batch.rows) < UNTOLD
-        return torch.where(untold.to(batch.labels.device), classes, batch.labels)
+        """The labels of n examples where the network computes, if it knows them."""
+        return None if labels is None else checked(labels, n, self.network.classes).to(self.device)
 
 
 def _repeated(labels: Tensor | None, times: int) -> Tensor | None:
