@@ -8,6 +8,7 @@ from ancestral.diffusion.denoise import ROWS, ExactNetwork
 from ancestral.diffusion.denoise import exact as exact
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.process import SCHEDULES, cosine
+from ancestral.gaussian import LOG_2PI
 from ancestral.toys import named
 
 COMBINATIONS = [
@@ -59,3 +60,11 @@ def exact_model(weighting: str, predicts: str = "v", chain: int = 100) -> Diffus
     process = cosine()
     net = ExactNetwork(named("mixture"), process, predicts)
     return Diffusion(net, process, plain_facts(2), predicts=predicts, weighting=weighting, chain=chain)
+
+
+def squared_errors_of_the_bound(model: Diffusion, x_0: Tensor) -> Tensor:
+    """(B, dim) -> (B,): L_0 + ... + L_{T-1} in nats per dimension, without the constant of L_0's normal density."""
+    _, sigma_1 = model.process(1 / model.chain)
+    middle = model.bound(x_0, rng=5).diffusion
+    density = model.bound(x_0, rng=5, variance="beta", draws=1).decoder
+    return (middle + density) / x_0.shape[1] - (LOG_2PI / 2 + sigma_1.log())

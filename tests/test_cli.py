@@ -55,7 +55,7 @@ def test_train_json_is_one_object(tmp_path):
     assert result.exit_code == 0
     assert record["run"] == str(tmp_path / "run")
     assert (record["steps"], record["seed"]) == (3, 5)
-    assert record["images_per_second"] == pytest.approx(3 * 512 / record["seconds"], rel=0.05)
+    assert record["images_per_second"] == pytest.approx(3 * 2048 / record["seconds"], rel=0.05)
     assert "examples/s" in result.stderr
 
 

@@ -29,19 +29,20 @@ def simple(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bound(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
-    """The middle terms of the bound, L_{t-1} = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - x_0_hat||^2, for reverse variance beta~.
+    """What the bound has of the squared error: in the middle terms, for reverse variance beta~, and in the density L_0.
 
-    A term is drawn with probability proportional to the log-SNR it spans, where the noise-weighted error is even;
-    below LOG_SNR_MIN, where the terms vanish, none is drawn. Of a schedule that is learnt, which has the shape that
-    makes all terms alike, each is drawn as often as any other.
+        L_{t-1} = 1/2 (SNR_{t-1} - SNR_t) ||x_0 - x_0_hat||^2,   L_0 = 1/2 SNR_1 ||x_0 - x_0_hat||^2 / alpha_1^2 + const
+
+    A term is drawn with probability proportional to the log-SNR it spans, where the noise-weighted error is even, and
+    the first as often as the next; below LOG_SNR_MIN, where the terms vanish, none is drawn. Of a schedule that is
+    learnt, which has the shape that makes all terms alike, each is drawn as often as any other.
     """
-    process, (s, t) = denoiser.process, (times[:-1], times[1:])
+    process = denoiser.process
+    snr = process.log_snr(times).exp()
     span = -process.log_snr(times).clamp(min=LOG_SNR_MIN).diff()
-    often = span if process.curve is None else torch.ones_like(span)
-    snr_lost = process.log_snr(s).exp() * process.gain(s, t)
-    weight = torch.where(often > 0, 0.5 * snr_lost * often.sum() / often, 0.0)
-    first = times.new_zeros(1)
-    return torch.cat([first, often]), torch.cat([first, weight])
+    often = torch.cat([span[:1], span]) if process.curve is None else torch.ones_like(times)
+    lost = torch.cat([process(times[:1])[1] ** -2, snr[:-1] * process.gain(times[:-1], times[1:])])
+    return often, torch.where(often > 0, 0.5 * lost * often.sum() / often, 0.0)
 
 
 def min_snr(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ class Diffusion(nn.Module):
         facts: of the data: shape, levels, scale.
         predicts: parameterization, a key of `denoise.ROWS`.
         weighting: of the training loss, a key of `WEIGHTINGS`: "simple", the plain squared error of what the network
-            predicts at uniform times; "bound", the middle terms of the variational bound of the chain; or "min-snr",
+            predicts at uniform times; "bound", the squared errors of the variational bound of the chain; or "min-snr",
             "p2" or "edm", which care more for what is seen than for bits.
         variance: of the reverse chain that is sampled and measured, one of `denoise.VARIANCES`.
         decoder: of data on levels, one of `likelihood.DECODERS`.
@@ -143,6 +144,8 @@ class Diffusion(nn.Module):
         self.network = NetworkDenoiser(net, process, predicts)
         self._times, self._weighting = grid(process, chain).flip(0), weighting
         probability, self._weight = WEIGHTINGS[weighting](self.network, self._times)
+        if weighting == "bound" and decoder == "softmax" and facts.levels:
+            probability[0] = 0  # this decoder asks no network
         self._probability = probability / probability.sum()
         self._cumulative = self._probability.cumsum(0)
 

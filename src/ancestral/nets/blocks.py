@@ -36,6 +36,17 @@ class NoiseEmbedding(nn.Module):
         return out + self.label(untold if labels is None else labels)
 
 
+def waves(x_BD: Tensor, octaves: int) -> Tensor:
+    """The values, and sin 2^k x and cos 2^k x for `octaves` k from 0: (B, D) -> (B, D (1 + 2 octaves)).
+
+    Without them a network is slow to learn what changes over short distances.
+
+    Reference: Tancik et al. (2020), section 5.
+    """
+    found = (wave(2**octave * x_BD) for octave in range(octaves) for wave in (torch.sin, torch.cos))
+    return torch.cat([x_BD, *found], 1)
+
+
 def zeroed(layer: nn.Module) -> nn.Module:
     """The layer with all parameters zero, so that the branch it ends starts as nothing."""
     for parameter in layer.parameters():

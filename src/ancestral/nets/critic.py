@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ancestral.nets.blocks import zeroed
+from ancestral.nets.blocks import waves, zeroed
 
 SLOPE = 0.2
 """Of the leaky rectifier below zero."""
@@ -103,13 +103,7 @@ class Score(nn.Module):
 
 
 class Layers(nn.Module):
-    """Residual layers over a vector: h + second(active(first(active(h)))).
-
-    Beside each value x they are given sin 2^k x and cos 2^k x for `octaves` k from 0, without which a network is slow
-    to learn what changes over short distances.
-
-    Reference: Tancik et al. (2020), section 5.
-    """
+    """Residual layers over a vector and its `waves`: h + second(active(first(active(h))))."""
 
     def __init__(self, dims: int, width: int, depth: int, octaves: int) -> None:
         super().__init__()
@@ -120,8 +114,7 @@ class Layers(nn.Module):
 
     def forward(self, x_BD: Tensor, moved: Tensor | None = None) -> Tensor:
         """(B, D), what is added to the first features (B, E) -> (B, E)."""
-        waves = (wave(2**octave * x_BD) for octave in range(self.octaves) for wave in (torch.sin, torch.cos))
-        h_BE: Tensor = self.enter(torch.cat([x_BD, *waves], 1))
+        h_BE: Tensor = self.enter(waves(x_BD, self.octaves))
         if moved is not None:
             h_BE = h_BE + moved
         for first, second in zip(self.first, self.second, strict=True):
@@ -136,7 +129,7 @@ class VectorCritic(nn.Module):
         shape: of one example; flattened inside.
         width: hidden features.
         depth: residual layers.
-        octaves: see `Layers`.
+        octaves: of `waves`.
         classes: that labels may name; None without labels.
 
     Example:
@@ -165,7 +158,7 @@ class VectorGenerator(nn.Module):
         latent: dimensions of the latent.
         width: hidden features.
         depth: residual layers.
-        octaves: see `Layers`.
+        octaves: of `waves`.
         classes: that labels may name; None without labels.
 
     Example:

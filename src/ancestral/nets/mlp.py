@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ancestral.nets.blocks import NoiseEmbedding, zeroed
+from ancestral.nets.blocks import NoiseEmbedding, waves, zeroed
 
 
 class MLP(nn.Module):
@@ -17,6 +17,7 @@ class MLP(nn.Module):
         shape: of one example; flattened inside.
         width: hidden features.
         depth: residual layers.
+        octaves: of `waves` of the input.
         variance: put out a reverse variance too, see `denoise.reverse`.
 
     Example:
@@ -24,11 +25,13 @@ class MLP(nn.Module):
         torch.Size([5, 2])
     """
 
-    def __init__(self, shape: tuple[int, ...], width: int = 256, depth: int = 4, variance: bool = False) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], width: int = 128, depth: int = 4, octaves: int = 4, variance: bool = False
+    ) -> None:
         super().__init__()
-        dims, self.variance = torch.Size(shape).numel(), variance
+        dims, self.octaves, self.variance = torch.Size(shape).numel(), octaves, variance
         self.embedding = NoiseEmbedding(width)
-        self.enter = nn.Linear(dims, width)
+        self.enter = nn.Linear(dims * (1 + 2 * octaves), width)
         self.modulations = nn.ModuleList(zeroed(nn.Linear(width, 2 * width)) for _ in range(depth))
         self.first = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.second = nn.ModuleList(zeroed(nn.Linear(width, width)) for _ in range(depth))
@@ -45,7 +48,7 @@ class MLP(nn.Module):
 
     def _put_out(self, x: Tensor, log_snr: Tensor) -> Tensor:
         embedding_BE = self.embedding(log_snr)
-        h_BE = self.enter(x.flatten(1))
+        h_BE = self.enter(waves(x.flatten(1), self.octaves))
         for modulation, first, second in zip(self.modulations, self.first, self.second, strict=True):
             scale, shift = modulation(embedding_BE).chunk(2, 1)
             hidden = F.layer_norm(first(F.silu(h_BE)), (h_BE.shape[1],))

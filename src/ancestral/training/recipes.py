@@ -116,12 +116,16 @@ def cifar10_bits(facts: Facts) -> Setup:
 
 
 def vectors(facts: Facts) -> Setup:
-    """Vectors and tables of real values."""
+    """Vectors and tables of real values: of few columns, with waves of them and a batch that steadies the gradient."""
+    few = facts.dims <= 16
     return Setup(
         recipe="vectors",
+        process=ProcessSection(schedule="log-linear", options={"log_snr_max": 10.0}),
         diffusion=plain(facts),
-        mlp=MLPSection(),
-        training=TrainingSection(minutes=1.0, batch=512, rate=1e-3),
+        mlp=MLPSection(width=128) if few else MLPSection(width=256, octaves=0),
+        training=TrainingSection(steps=2000, batch=2048, rate=3e-3)
+        if few
+        else TrainingSection(minutes=1.0, batch=512, rate=1e-3),
     )
 
 
@@ -296,7 +300,7 @@ def change(setup: Setup, changes: Sequence[str]) -> Setup:
 
     Example:
         >>> change(Setup(recipe="x", mlp=MLPSection()), ["mlp.width=64", "process.schedule=linear"]).mlp
-        MLPSection(width=64, depth=4, variance=False)
+        MLPSection(width=64, depth=4, octaves=4, variance=False)
     """
     record = setup.model_dump()
     allowed = [f"{section}.{key}" for section, keys in record.items() if isinstance(keys, dict) for key in keys]

@@ -67,8 +67,9 @@ class DiTSection(Section):
 class MLPSection(Section):
     """Keywords of `MLP`; its shape comes from the data."""
 
-    width: int = Field(256, ge=1)
+    width: int = Field(128, ge=1)
     depth: int = Field(4, ge=1)
+    octaves: int = Field(4, ge=0)
     variance: bool = False
 
 
