@@ -11,7 +11,7 @@ import torch
 
 from ancestral.data import load
 from ancestral.errors import OptionError
-from ancestral.measure.metrics import distances, intervals
+from ancestral.measure.metrics import copying, distances, intervals, neighbours
 from ancestral.rng import randn, stream
 
 DIGITS = load("digits")
@@ -204,6 +204,110 @@ def test_student_and_the_binomial_interval_are_those_of_the_tables():
         exact = scipy.stats.binomtest(hits, n).proportion_ci(0.95, "exact")
         found = intervals.share(hits, n)
         assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-9)
+
+
+# Copying
+
+
+def memorised(n=200, share=1.0, D=4, noise=1e-3):
+    """Training, held-out and sampled examples of one law, a share of the samples being training examples with noise."""
+    training, held_out, x = (normal(n, D, seed) for seed in (1, 2, 3))
+    k = round(share * n)
+    return training, held_out, torch.cat([training[:k] + noise * normal(k, D, 4), x[k:]])
+
+
+def test_a_memoriser_is_told_from_what_is_new():
+    training, held_out, copies = memorised()
+    new = memorised(share=0)[2]
+    assert copying.data_copying(copies, training, held_out, rng=stream(0)).z < -10
+    assert abs(copying.data_copying(new, training, held_out, rng=stream(0)).z) < 3
+    assert copying.authenticity(copies, training).high < 0.05
+    assert copying.authenticity(new, training).low > 0.3
+    assert copying.neighbour_ratio(copies, training).high < 0.05
+    assert copying.neighbour_ratio(new, training).low > 0.6
+    assert copying.copied(copies, training, held_out).value == 1
+    found = copying.copied(new, training, held_out)
+    assert found.low < 0.5 < found.high
+
+
+def test_training_examples_themselves_are_copies():
+    """Also where they are the very same tensor."""
+    training, held_out, _ = memorised()
+    assert copying.copied(training, training, held_out).value == 1
+    assert copying.authenticity(training, training).value == 0
+    assert copying.neighbour_ratio(training, training).value == 0
+    assert copying.suspects(training, training, k=3).distance.tolist() == [0, 0, 0]
+
+
+def test_c_t_is_standard_normal_where_nothing_is_copied():
+    """|z| is below 1.96 in 95% of 200 draws, in one cell and in four."""
+    for cells in (1, 4):
+        z = []
+        for seed in range(SPLITS):
+            training, held_out, x = (normal(80, 3, 3 * seed + i) for i in range(3))
+            z.append(copying.data_copying(x, training, held_out, rng=stream(seed), cells=cells).z)
+        assert CALIBRATED[0] <= np.mean(np.abs(z) < 1.96) <= CALIBRATED[1]
+        assert abs(np.mean(z)) < 4 / SPLITS**0.5
+
+
+def test_c_t_of_one_cell_is_the_rank_sum_statistic_with_its_correction_for_ties():
+    training = torch.zeros(2, 1, dtype=torch.float64)
+    x, held_out = (torch.from_numpy(stream(seed).integers(5, size=(60, 1))).double() for seed in (0, 1))
+    found = copying.data_copying(x, training, held_out, rng=stream(0))
+    test = scipy.stats.mannwhitneyu(x[:, 0], held_out[:, 0], method="asymptotic", use_continuity=False)
+    assert math.erfc(abs(found.z) / math.sqrt(2)) == pytest.approx(test.pvalue, rel=1e-6)
+
+
+def test_copies_in_one_region_are_seen_by_cells_though_another_is_too_far():
+    """Two clusters: in one samples are copies, in the other they lie far outside, and the ranks cancel in one cell."""
+    training, held_out, x = (normal(200, 2, seed) for seed in (1, 2, 3))
+    apart = torch.tensor([[100.0, 0.0]], dtype=torch.float64) * (torch.arange(200) % 2)[:, None]
+    x = torch.where(torch.arange(200)[:, None] % 2 == 1, 30 * x, training) + apart
+    training, held_out = training + apart, held_out + apart
+    assert abs(copying.data_copying(x, training, held_out, rng=stream(0)).z) < 3
+    cell = x[:, 0] < 50
+    assert copying.data_copying(x[cell], training, held_out, rng=stream(0), cells=2).C_T < -3
+
+
+def test_one_percent_of_planted_copies_is_found_exactly():
+    """10 training images among 1000 new ones, as bytes; with one level changed, as the nearest pairs."""
+    train, new = DIGITS.train, DIGITS.held_out
+    raw = torch.cat([new, new, new, new])[:1000].clone()
+    raw[:, 0, 0, 0] += 1  # so that nothing new is by chance an example, and what is planted below has no such mark
+    planted, from_train = torch.arange(10) * 97, torch.arange(10) * 31
+    raw[planted] = train[from_train]
+    found = copying.duplicates(raw, train)
+    assert found.tolist() == torch.stack([planted, from_train], 1).tolist()
+    raw[planted, 0, 4, 4] = (raw[planted, 0, 4, 4].int() - 1).abs().to(raw.dtype)
+    assert len(copying.duplicates(raw, train)) == 0
+    pairs = copying.suspects(raw.double().flatten(1), train.double().flatten(1), k=10)
+    assert sorted(pairs.samples.tolist()) == planted.tolist()
+    assert sorted(pairs.training.tolist()) == from_train.tolist()
+    assert pairs.distance.tolist() == [1.0] * 10
+    assert pairs.relative.max() < 0.2
+
+
+def test_authenticity_of_one_percent_of_copies_falls_by_one_percent():
+    training, _, some = memorised(n=1000, share=0.01)
+    new = memorised(n=1000, share=0)[2]
+    lost = copying.authenticity(new, training).value - copying.authenticity(some, training).value
+    assert lost == pytest.approx(copying.authenticity(new[:10], training).value * 0.01)
+
+
+def test_the_likelihood_gap_of_shifted_vectors_is_the_shift():
+    a = normal(400, 1, 0)[:, 0]
+    found = copying.likelihood_gap(a - 0.5, normal(300, 1, 1)[:, 0])
+    assert found.low < -0.5 < found.high
+    assert found.stderr == pytest.approx((1 / 400 + 1 / 300) ** 0.5, rel=0.1)
+
+
+def test_distances_to_neighbours_are_exact_far_from_the_origin():
+    """Where inner products lose all digits of a small difference."""
+    x, y = normal(100, 3, 0), normal(100, 3, 1)
+    near = neighbours.nearest(x, y)
+    far = neighbours.nearest(x + 1e9, y + 1e9)
+    assert far[1].tolist() == near[1].tolist()
+    assert copying.neighbour_ratio(x + 1e9, x + 1e9).value == 0
 
 
 # Refused

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ancestral.data import Data
 from ancestral.errors import DataError
+from ancestral.measure.metrics.copying import copied
 from ancestral.measure.metrics.distances import BLOCKS, energy
-from ancestral.measure.record import Margin, Samples, Stand
+from ancestral.measure.record import Samples, Stand
 from ancestral.rng import stream
 
 SAMPLES = 1000
@@ -55,18 +56,3 @@ def compare(sample: Callable[[int], Tensor], data: Data, *, n: int = SAMPLES, se
             for name, x in points.items()
         },
     )
-
-
-def copied(x: Tensor, training: Tensor, held_out: Tensor) -> Margin:
-    """The share of samples that are nearer to a training example than to any of as many held-out ones; ties are half.
-
-    One half of what is new, all of what was copied.
-
-    Args:
-        x: samples, float64, shape (n, D).
-        training: examples that were learnt from, shape (m, D).
-        held_out: as many that were not, shape (m, D).
-    """
-    to_training, to_held_out = (torch.cdist(x, each).min(1).values for each in (training, held_out))
-    nearer = (to_training < to_held_out).double() + 0.5 * (to_training == to_held_out).double()
-    return Margin(value=float(nearer.mean()), stderr=float(nearer.std() / len(x) ** 0.5))

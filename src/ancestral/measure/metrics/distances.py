@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ancestral.errors import OptionError
 from ancestral.measure.metrics.intervals import around, of_pairs
+from ancestral.measure.metrics.neighbours import AT_ONCE, distance
 from ancestral.measure.record import Interval
 from ancestral.rng import Rng, randn
 
@@ -23,9 +24,6 @@ BLOCKS = 20
 
 FEW_BLOCKS = 10
 """The same where every pair of blocks costs a decomposition."""
-
-AT_ONCE = 2**22
-"""Numbers in each piece of work, 32 MiB in float64."""
 
 NEAR = 1000
 """Examples of each set whose distances set the width of the Gaussian kernel, at most."""
@@ -160,7 +158,7 @@ def mmd(x: Tensor, y: Tensor, *, width: float | None = None) -> Interval:
         raise OptionError(
             f"received a kernel of width {s}: it has to be positive, and is the median distance if not given"
         )
-    return discrepancy(lambda a, b: (torch.cdist(a, b).square() / (-2 * s**2)).exp(), x, y)
+    return discrepancy(lambda a, b: (distance(a, b).square() / (-2 * s**2)).exp(), x, y)
 
 
 def median_distance(x: Tensor, y: Tensor) -> float:
@@ -193,7 +191,7 @@ def energy(x: Tensor, y: Tensor) -> Interval:
         >>> round(energy(x, x + 2).value, 3)
         3.32
     """
-    return discrepancy(lambda a, b: -torch.cdist(a, b), x, y)
+    return discrepancy(lambda a, b: -distance(a, b), x, y)
 
 
 def discrepancy(kernel: Kernel, x: Tensor, y: Tensor) -> Interval:
@@ -218,7 +216,7 @@ def discrepancy(kernel: Kernel, x: Tensor, y: Tensor) -> Interval:
     """
     _check(x, y)
     n, m = len(x), len(y)
-    within, without, crossed = _sums(kernel, x, x), _sums(kernel, y, y), _sums(kernel, x, y)
+    within, without, crossed = _sums(kernel, x), _sums(kernel, y), _sums(kernel, x, y)
     value = within.sum() / (n * (n - 1)) + without.sum() / (m * (m - 1)) - 2 * crossed.sum() / (n * m)
     size_x, size_y = (torch.bincount(block(k), minlength=BLOCKS).double() for k in (n, m))
     across = crossed / size_x[:, None] / size_y
@@ -278,14 +276,15 @@ def _quantiles(x: Tensor, u: Tensor) -> Tensor:
     return x.sort(0).values[(u * len(x)).long()]
 
 
-def _sums(kernel: Kernel, x: Tensor, y: Tensor) -> Tensor:
-    """The kernel summed over every pair of blocks, shape (BLOCKS, BLOCKS), an example with itself left out."""
-    of_x, of_y = block(len(x)), block(len(y))
+def _sums(kernel: Kernel, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """The kernel summed over every pair of blocks, shape (BLOCKS, BLOCKS); of x alone, without each with itself."""
+    others = x if y is None else y
+    of_x, of_y = block(len(x)), block(len(others))
     sums = torch.zeros(BLOCKS, BLOCKS, dtype=torch.float64)
     which = torch.nn.functional.one_hot(of_y, BLOCKS).double()
-    for rows in torch.split(torch.arange(len(x)), max(1, AT_ONCE // len(y))):
-        k = kernel(x[rows], y)
-        if x is y:
+    for rows in torch.split(torch.arange(len(x)), max(1, AT_ONCE // len(others))):
+        k = kernel(x[rows], others)
+        if y is None:
             k[torch.arange(len(rows)), rows] = 0
         sums.index_add_(0, of_x[rows], k @ which)
     return sums
