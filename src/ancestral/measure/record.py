@@ -43,6 +43,13 @@ class Margin(Record):
     stderr: float = Field(ge=0)
 
 
+class Interval(Margin):
+    """A number, its standard error, and its 95% interval, which need not be symmetric."""
+
+    low: float
+    high: float
+
+
 class Baselines(Record):
     """Two simple densities, fitted on the training split, over the examples for which the likelihood speaks."""
 

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from ancestral.data import Data
 from ancestral.errors import DataError
-from ancestral.measure.record import Margin, Samples, Stand
+from ancestral.measure.metrics.copying import copied
+from ancestral.measure.metrics.distances import BLOCKS, energy
+from ancestral.measure.record import Samples, Stand
 from ancestral.rng import stream
 
 SAMPLES = 1000
 """Samples that are compared, at most."""
-
-BLOCKS = 20
-"""Blocks of examples that are left out in turn, from which the standard error is told."""
 
 
 def compare(sample: Callable[[int], Tensor], data: Data, *, n: int = SAMPLES, seed: int = 0) -> Samples:
@@ -57,50 +56,3 @@ def compare(sample: Callable[[int], Tensor], data: Data, *, n: int = SAMPLES, se
             for name, x in points.items()
         },
     )
-
-
-def energy(x: Tensor, y: Tensor) -> Margin:
-    """The squared energy distance between two laws, from as many samples of each; 0 in expectation if they are one.
-
-        2 E|X - Y| - E|X - X'| - E|Y - Y'|,   X, X' and Y, Y' independent
-
-    Its standard error is that of the jackknife over `BLOCKS` blocks of both, which is too large where the laws are one.
-
-    Reference: Székely & Rizzo (2013), eq. 2.5, as a U-statistic; Efron & Stein (1981) for the jackknife.
-
-    Args:
-        x: samples, float64, shape (n, D).
-        y: samples, same shape.
-
-    Example:
-        >>> x = torch.linspace(0, 1, 100, dtype=torch.float64)[:, None]
-        >>> round(energy(x, x + 2).value, 3)
-        3.32
-    """
-    n = len(x)
-    between, own, other = torch.cdist(x, y), torch.cdist(x, x), torch.cdist(y, y)
-
-    def statistic(keep: Tensor) -> float:
-        m = float(keep.sum())
-        crossed, within, without = (float(keep @ part @ keep) for part in (between, own, other))
-        return 2 * crossed / m**2 - (within + without) / (m * (m - 1))
-
-    block = torch.arange(n) * BLOCKS // n
-    left = torch.tensor([statistic((block != b).double()) for b in range(BLOCKS)])
-    stderr = ((BLOCKS - 1) / BLOCKS * (left - left.mean()).square().sum()).sqrt()
-    return Margin(value=statistic(torch.ones(n, dtype=torch.float64)), stderr=float(stderr))
-
-
-def copied(x: Tensor, training: Tensor, held_out: Tensor) -> Margin:
-    """The share of samples that are nearer to a training example than to any of as many held-out ones; ties are half.
-
-    One half of what is new, all of what was copied.
-
-    Args:
-        x: samples, float64, shape (n, D).
-        training: examples that were learnt from, shape (m, D).
-        held_out: as many that were not, shape (m, D).
-    """
-    to_training, to_held_out = (torch.cdist(x, each).min(1).values for each in (training, held_out))
-    nearer = (to_training < to_held_out).double() + 0.5 * (to_training == to_held_out).double()
-    return Margin(value=float(nearer.mean()), stderr=float(nearer.std() / len(x) ** 0.5))
