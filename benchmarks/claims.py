@@ -28,7 +28,7 @@ from ancestral import toys
 from ancestral.data import Data, load
 from ancestral.errors import Diverged
 from ancestral.measure import claims
-from ancestral.measure.samples import energy
+from ancestral.measure.metrics.distances import energy
 from ancestral.rng import stream
 from ancestral.training import loop, recipes
 

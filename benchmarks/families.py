@@ -24,8 +24,8 @@ from ancestral.diffusion.likelihood import mean_and_stderr
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import Diverged
 from ancestral.gan.model import GAN
-from ancestral.measure import samples
 from ancestral.measure.modes import apart, expected_quality, modes
+from ancestral.measure.quality import Bench, Standing
 from ancestral.rng import stream
 
 LAWS = ("two-moons", "ring-8", "grid-25", "checkerboard")
@@ -103,7 +103,8 @@ def excess(model: Any, fresh: torch.Tensor, law: toys.Toy) -> dict[str, Any]:
 
 def pictured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every family on the same images."""
-    data, calibration = load(arguments.source), dict[str, Any]()
+    data = load(arguments.source)
+    bench = Bench(data, n=500)
     for family in arguments.families:
         where = arguments.to / f"{data.facts.name}-{family}"
         found = trained(arguments.source, RECIPES[family], where, arguments)
@@ -117,11 +118,14 @@ def pictured(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             row |= {"kind": measured.kind, "likelihood": [measured.likelihood().value, measured.likelihood().stderr]}
         drawn = model.sample(256, rng=0)
         draw.save_png(draw.grid(data.facts, drawn[:64]), where / "table.png", {"family": family, "seed": 0})
-        compared = samples.compare(lambda n, model=model: model.sample(n, rng=0), data, n=500)
-        row["samples"] = compared.model.model_dump()
-        yield row
-        calibration = {"held-out data": compared.held_out.model_dump(), "training data": compared.training.model_dump()}
-    yield from ({"family": name, "samples": row} for name, row in calibration.items())
+        yield row | {"samples": told(bench.of(model.sample(bench.n, rng=0)))}
+    for name, standing in {"held-out data": bench.held_out, "training data": bench.training}.items():
+        yield {"family": name, "samples": told(standing)}
+
+
+def told(standing: Standing) -> dict[str, list[float]]:
+    """Numbers about samples, with their standard errors."""
+    return {name: [found.value, found.stderr] for name, found in standing.items()}
 
 
 def cell(value: Any) -> str:

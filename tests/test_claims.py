@@ -9,7 +9,8 @@ import torch
 from ancestral import toys
 from ancestral.data import load
 from ancestral.diffusion.likelihood import mean_and_stderr
-from ancestral.measure import claims, samples
+from ancestral.measure import claims
+from ancestral.measure.quality import Bench
 from ancestral.protocol import Density
 from ancestral.training import recipes
 
@@ -94,12 +95,15 @@ def test_the_bound_of_an_untrained_model_of_a_gaussian_stands_above_its_entropy(
 
 def test_a_set_and_its_other_half_are_one_law_and_a_copy_is_told():
     """Samples that are training data are all nearer to it; a shift of the mean is seen by many standard errors."""
-    real = samples.compare(lambda n: DIGITS.train[-n:], DIGITS)
-    assert abs(real.model.energy.value) < 3 * real.model.energy.stderr
-    assert abs(real.model.copied.value - 0.5) < 4 * real.model.copied.stderr
-    assert real.training.copied.value == 1
-    brighter = samples.compare(lambda n: (DIGITS.train[-n:] + 2).clamp(max=16), DIGITS)
-    assert brighter.model.energy.value > 5 * brighter.model.energy.stderr
+    bench = Bench(DIGITS)
+    real = bench.of(DIGITS.train[-bench.n :])
+    assert abs(real["energy"].value) < 3 * real["energy"].stderr
+    assert abs(real["copied"].value - 0.5) < 4 * real["copied"].stderr
+    assert bench.training["copied"].value == 1
+    assert bench.training["authentic"].value == 0
+    assert bench.training["data-copying"].high < -3 < bench.held_out["data-copying"].value
+    brighter = bench.of((DIGITS.train[-bench.n :] + 2).clamp(max=16))
+    assert brighter["energy"].value > 5 * brighter["energy"].stderr
 
 
 def test_a_run_that_failed_is_counted():

@@ -35,6 +35,7 @@ Ema = Annotated[
     float | None, typer.Option(help="Length of the average of the weights, relative to the run, made from snapshots.")
 ]
 LATENTS = 10_000  # of training examples, at most, to which a mixture is fitted
+FAMILIES = ("diffusion", "vae", "flow", "gan")
 LIKELIHOODS = ("bound", "all-steps", "limit", "ode", "both")
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a checkpoint inside one.")]
 
@@ -258,11 +259,15 @@ def evaluate(
     ema: Annotated[
         str | None, typer.Option(help="Lengths of the average of the weights, such as 0.02,0.05,0.1: one table of all.")
     ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=0, help="That are compared with data: 1,000, or 256 of a diffusion model; 0 for none."),
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the likelihood of held-out data, of a diffusion model term by term, beside two simple densities."""
+    """Measure how likely held-out data is, beside two simple densities, and how samples stand to data."""
     with guarded(as_json, debug):
         from ancestral.apps import evaluating, output
         from ancestral.apps.progress import Progress
@@ -282,6 +287,7 @@ def evaluate(
                 variance=variance,
                 seed=seed,
                 progress=progress.update,
+                samples=samples,
                 group=group,
             )
             opened = [checkpoint.open_run(run, length) for length in lengths]
@@ -295,6 +301,52 @@ def evaluate(
             say(line)
         if as_json:
             print_json(**result.model_dump(mode="json", exclude_none=True))
+
+
+@app.command(
+    epilog="Examples:  ancestral compare digits --minutes 3 --seeds 5  |  "
+    "ancestral compare photos/ --families diffusion,flow  |  ancestral compare RUN RUN"
+)
+def compare(
+    what: Annotated[list[str], typer.Argument(metavar="DATA|RUN...", help="Data to train on, or finished runs.")],
+    families: Annotated[str, typer.Option(help="Of diffusion, vae, flow and gan, with commas.")] = ",".join(FAMILIES),
+    minutes: Annotated[float, typer.Option(min=0.01, help="Of training for each run, on one core.")] = 3.0,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each family.")] = 5,
+    n: Annotated[int, typer.Option("-n", "--n", min=40, help="Samples of each run that are compared, at most.")] = 1000,
+    to: Annotated[
+        Path | None, typer.Option(help="Directory, which goes on if it is one; by default runs/NAME-compared.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train families under one protocol from several seeds, or take finished runs; one table and one report of all."""
+    with guarded(as_json, debug):
+        from ancestral.apps import comparing
+        from ancestral.apps.progress import Progress
+
+        say = Sayer(as_json)
+        with signals(), Progress() as progress:
+            planned = comparing.plan(
+                what,
+                families=[each.strip() for each in families.split(",")],
+                minutes=minutes,
+                seeds=seeds,
+                n=n,
+                to=to,
+                argv=["ancestral", *sys.argv[1:]],
+                progress=progress.update,
+            )
+            say(planned.data.description)
+            if planned.minutes is not None:
+                say(
+                    f"{len(planned.entries)} runs of {planned.minutes:g} minutes, {planned.together} at a time: "
+                    f"about {planned.promise:.0f} minutes of training, then they are measured"
+                )
+            result = comparing.compare(planned, progress.update, say)
+        for line in comparing.lines(result):
+            say(line)
+        if as_json:
+            print_json(**result.model_dump(mode="json"))
 
 
 @app.command(epilog="Example:  ancestral figures runs/digits-0001")

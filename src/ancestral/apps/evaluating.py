@@ -1,29 +1,36 @@
 """What `ancestral evaluate` asks of a model, by what its family can answer, and where the answers go."""
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ancestral import toys
 from ancestral.apps import figures, output
 from ancestral.data import Data
-from ancestral.diffusion.model import Diffusion
+from ancestral.diffusion.model import STEPS, Diffusion
 from ancestral.errors import OptionError
 from ancestral.flow.model import Flow
 from ancestral.gan.model import GAN
-from ancestral.measure import chain, flow, samples
+from ancestral.measure import chain, flow
 from ancestral.measure.evaluate import evaluate
 from ancestral.measure.measured import Measured
+from ancestral.measure.metrics.distances import BLOCKS
 from ancestral.measure.modes import apart, modes
-from ancestral.measure.record import Averaged, Comparison, Evaluation, OdeLikelihood, RoundTrip
+from ancestral.measure.quality import SAMPLES, Bench
+from ancestral.measure.record import Averaged, Comparison, Evaluation, OdeLikelihood, RoundTrip, Samples
 from ancestral.training import checkpoint, durable
 from ancestral.training.checkpoint import Saved
 from ancestral.training.processes import Processes
 from ancestral.training.recipes import Model
 
-DRAWN, INVERTED = 10_000, 256
-"""Samples whose modes are counted, and held-out examples that a flow takes there and back."""
+AT_ONCE, WALKED, DRAWN, INVERTED = 64, 256, 10_000, 256
+"""Samples that are drawn at a time, those of a diffusion model that are compared by default, those of others whose
+modes are counted, and held-out examples that a flow takes there and back."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Question:
         variance: of the reverse chain.
         seed: of the noise.
         progress: told (what, done, of).
+        samples: that are compared with data, at most; 0 for none.
         group: the processes that measure together.
     """
 
@@ -50,6 +58,7 @@ class Question:
     variance: str | None
     seed: int
     progress: Callable[[str, int, int], None]
+    samples: int | None
     group: Processes
 
     def asked(self, saved: Saved, examples: Data, like: Measured | None = None) -> Measured:
@@ -167,21 +176,35 @@ def evaluation(
         comparison=comparison,
         ema=averages if sweep else None,
         **(whole.record() if whole else {}),
-        **_of_samples(saved.model, examples, question.seed),
+        **_of_samples(saved.model, examples, question),
         **_of_inverse(saved.model, examples),
     )
     durable.write_json(folder / "evaluation.json", result.model_dump(mode="json", exclude_none=True))
     return result
 
 
-def _of_samples(model: Model, examples: Data, seed: int) -> dict[str, Any]:
+def _of_samples(model: Model, examples: Data, question: Question) -> dict[str, Any]:
     """How samples stand to data, and which modes they reach, of a model that draws at once."""
-    if isinstance(model, Diffusion):
-        return {}
-    found: dict[str, Any] = {"samples": samples.compare(lambda n: model.sample(n, rng=seed), examples, seed=seed)}
+    walks = isinstance(model, Diffusion)
+    n = question.samples if question.samples is not None else WALKED if walks else SAMPLES
+    found: dict[str, Any] = {}
+    if n and len(examples.held_out) >= 2 * BLOCKS <= 2 * len(examples.train):
+        bench, parts, began = Bench(examples, n=n), list[Tensor](), time.perf_counter()
+        for start in range(0, bench.n, AT_ONCE):
+            parts.append(model.sample(min(AT_ONCE, bench.n - start), rng=question.seed, start=start).cpu())
+            question.progress("drawing samples", start + len(parts[-1]), bench.n)
+        found["samples"] = Samples(
+            n=bench.n,
+            features=bench.features,
+            rate=bench.n / (time.perf_counter() - began),
+            model=bench.of(torch.cat(parts)),
+            held_out=bench.held_out,
+            training=bench.training,
+            evaluations=STEPS if walks else 1,
+        )
     law = toys.named(examples.facts.source) if examples.facts.source in toys.TOYS else None
-    if isinstance(law, toys.Mixture) and apart(law):
-        found["modes"] = modes(law, model.sample(DRAWN, rng=seed).double())
+    if not walks and isinstance(law, toys.Mixture) and apart(law):
+        found["modes"] = modes(law, model.sample(DRAWN, rng=question.seed).double())
     return found
 
 

@@ -1,9 +1,11 @@
 """What the verbs say, and where they leave things: free numbers, a plan, the lines of an evaluation."""
 
+import math
 from pathlib import Path
 from typing import Any
 
-from ancestral.measure.record import Evaluation, Likelihood
+from ancestral.measure.quality import METRICS
+from ancestral.measure.record import Evaluation, Interval, Likelihood
 from ancestral.training import resources
 from ancestral.training.processes import Processes
 from ancestral.training.start import Plan
@@ -16,6 +18,19 @@ def fresh(folder: Path, stem: str) -> Path:
     while f"{stem}-{number:04d}" in taken:
         number += 1
     return folder / f"{stem}-{number:04d}"
+
+
+def number(found: Interval) -> str:
+    """A number with its interval, in as many digits as the interval bears.
+
+    Example:
+        >>> number(Interval(value=0.123456, stderr=0.01, low=0.1034, high=0.1436))
+        '0.123 (0.103 to 0.144)'
+    """
+    width = found.high - found.low
+    digits = 4 if width <= 0 else max(0, min(6, 1 - math.floor(math.log10(width))))
+    value, low, high = (f"{each:,.{digits}f}" for each in (found.value, found.low, found.high))
+    return f"{value} ({low} to {high})"
 
 
 def plan_told(planned: Plan, group: Processes) -> tuple[list[str], dict[str, Any]]:
@@ -116,21 +131,23 @@ def _sample_lines(result: Evaluation) -> list[str]:
     """Samples of the model, and of held-out and training examples in their place."""
     lines = []
     if result.samples:
-        rows = {"model": result.samples.model, "held-out data": result.samples.held_out}
-        rows |= {"training data": result.samples.training}
+        found = result.samples
         lines += [
-            f"  {f'samples, {result.samples.n:,} of each':<24}energy distance²    nearer to training data",
+            f"  {found.n:,} samples, in {found.features}, 95% intervals; {found.rate:,.1f} samples/s of "
+            f"{found.evaluations} evaluations each",
+            f"    {'':<24}{'model':<30}{'held-out data':<30}training data",
             *(
-                f"    {name:<22}{row.energy.value:10.4f} ± {row.energy.stderr:.4f}   "
-                f"{row.copied.value:5.1%} ± {row.copied.stderr:.1%}"
-                for name, row in rows.items()
+                f"    {metric.label:<24}{number(found.model[name]):<30}{number(found.held_out[name]):<30}"
+                f"{number(found.training[name])}"
+                for name, metric in METRICS.items()
+                if name in found.model
             ),
         ]
     if result.modes:
-        found, kl = result.modes, result.modes.reverse_kl
+        reached, kl = result.modes, result.modes.reverse_kl
         lines.append(
-            f"  {'modes':<24}{found.hit} of {found.of}, {found.high_quality:.1%} of the samples at one, reverse KL "
-            + ("undefined" if kl is None else f"{kl:.3f}")
+            f"  {'modes':<24}{reached.hit} of {reached.of}, {reached.high_quality:.1%} of the samples at one, "
+            "reverse KL " + ("undefined" if kl is None else f"{kl:.3f}")
         )
     return lines
 

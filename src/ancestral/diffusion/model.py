@@ -72,6 +72,9 @@ def edm(denoiser: NetworkDenoiser, times: Tensor) -> tuple[Tensor, Tensor]:
     return density * width, 1 + denoiser.process.log_snr(times).exp()
 
 
+STEPS = 50
+"""Evaluations of the network for each sample, by default."""
+
 HYBRID = 1e-3
 """Share of the bound in the hybrid objective."""
 
@@ -246,7 +249,7 @@ class Diffusion(nn.Module):
         self,
         n: int,
         *,
-        steps: int | Tensor = 50,
+        steps: int | Tensor = STEPS,
         sampler: samplers.Sampler = samplers.ancestral,
         rng: Seeds = 0,
         start: int = 0,
@@ -314,7 +317,7 @@ class Diffusion(nn.Module):
         self,
         n: int,
         *,
-        steps: int | Tensor = 50,
+        steps: int | Tensor = STEPS,
         sampler: samplers.Sampler = samplers.ancestral,
         rng: Seeds = 0,
         start: int = 0,

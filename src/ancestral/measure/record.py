@@ -107,24 +107,19 @@ class OdeLikelihood(Record):
     above: Margin
 
 
-class Stand(Record):
-    """A set of examples against held-out ones.
+class Samples(Record):
+    """Samples of the model, held-out examples in their place, and training examples in their place; n of each.
 
-    `energy` is the squared energy distance in the model's units, 0 in expectation for equal laws. `copied` is the share
-    that is nearer to a training example than to a held-out one: one half of what is new, all of what was copied.
+    `quality.METRICS` says what the numbers are, and `features` what distances are measured in.
     """
 
-    energy: Margin
-    copied: Margin
-
-
-class Samples(Record):
-    """Samples of the model, held-out examples in their place, and training examples in their place; n of each."""
-
     n: int
-    model: Stand
-    held_out: Stand
-    training: Stand
+    features: str
+    model: dict[str, Interval]
+    held_out: dict[str, Interval]
+    training: dict[str, Interval]
+    rate: float = Field(description="samples that were drawn each second")
+    evaluations: int = Field(description="of the network for each sample")
 
 
 class Modes(Record):
@@ -195,7 +190,7 @@ class Evaluation(Record):
     comparison: Comparison | None = Field(None, description="with another run, if one was named")
     ema: list[Averaged] | None = Field(None, description="the averages of the weights that were asked for")
 
-    samples: Samples | None = Field(None, description="how samples stand to data, of a family that draws at once")
+    samples: Samples | None = Field(None, description="how samples stand to data")
     modes: Modes | None = Field(None, description="that samples reach, where the law is a mixture that is known")
     round_trip: RoundTrip | None = Field(None, description="of a flow of blocks that are inverted exactly")
 

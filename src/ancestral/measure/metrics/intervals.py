@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import cache
 from statistics import NormalDist
 
 import torch
@@ -14,25 +15,24 @@ LEVEL = 0.95
 """Of every interval."""
 
 
+@cache
 def student(freedom: float) -> float:
     """The quantile of Student's t that bounds `LEVEL` of it on both sides.
 
-        t = z + (z^3 + z) / 4v + (5 z^5 + 16 z^3 + 3 z) / 96v^2 + (3 z^7 + 19 z^5 + 17 z^3 - 15 z) / 384v^3 + ...
-
-    Reference: Abramowitz & Stegun (1964), 26.7.5; within 0.002 from 8 degrees of freedom.
+    With t = v^1/2 tan a, that is the a with int_0^a cos^(v-1) = LEVEL / 2 of int_-pi/2^pi/2 cos^(v-1).
 
     Args:
-        freedom: degrees of freedom v.
+        freedom: degrees of freedom v > 0.
 
     Example:
-        >>> round(student(9), 2), round(student(math.inf), 2)
-        (2.26, 1.96)
+        >>> round(student(1), 3), round(student(9), 3), round(student(math.inf), 3)
+        (12.706, 2.262, 1.96)
     """
-    z, v = NormalDist().inv_cdf((1 + LEVEL) / 2), freedom
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / v + second / v**2 + third / v**3
+    if freedom > 10_000:
+        return NormalDist().inv_cdf((1 + LEVEL) / 2)
+    a = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)[:-1]
+    below = torch.cumulative_trapezoid(a.cos() ** (freedom - 1), a)
+    return float(freedom**0.5 * a[1:][torch.searchsorted(below, LEVEL * below[-1])].tan())
 
 
 def around(value: float, stderr: float, freedom: float = math.inf) -> Interval:
@@ -61,7 +61,7 @@ def mean(values: Tensor) -> Interval:
     """
     if len(values) < 2:
         raise OptionError(f"received {len(values)} values: an interval takes 2 at least")
-    return around(float(values.mean()), float(values.std() / len(values) ** 0.5), max(len(values) - 1, 8))
+    return around(float(values.mean()), float(values.std() / len(values) ** 0.5), len(values) - 1)
 
 
 def share(hits: int, n: int) -> Interval:

@@ -1,0 +1,340 @@
+"""The report of a comparison: one page that needs nothing else, for a screen, a phone and paper.
+
+Pictures and drawings are inside it; it has no script, and asks for nothing from anywhere.
+"""
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from io import BytesIO, StringIO
+from typing import TYPE_CHECKING
+
+from PIL.Image import Image
+
+from ancestral.apps.diagram import BLUE, FAINT, GREY, INK, MUTED, RED
+from ancestral.apps.output import number
+from ancestral.measure.compare import Contest, Row
+from ancestral.measure.quality import METRICS
+from ancestral.measure.record import Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+GROUPS = {
+    "Distance": "How far samples are from held-out data. Other held-out data is as near as anything can be told to be.",
+    "Coverage": "Whether samples look like data (precision, density), and show all of it (recall, coverage).",
+    "Memorisation": "Whether samples repeat what was learnt from. Training data in the samples' place is what copying "
+    "looks like.",
+}
+"""What samples are asked, as `quality.Metric.group` says it."""
+
+FOUND = {"held-out data": BLUE, "training data": GREY}
+MARKS = {"best": "best", "no difference": "no difference from {best} at this N", "worse": ""}
+
+STYLE = """
+:root { color-scheme: light; --ink: #1d2733; --muted: #55606b; --faint: #dfe4e8; --blue: #1f4e79; --paper: #fff; }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; }
+h2 { font-size: 1.25rem; margin: 2.6rem 0 .4rem; border-top: 2px solid var(--faint); padding-top: 1rem; }
+p, dd { max-width: 46rem; }
+a { color: var(--blue); }
+nav a { display: inline-block; margin: 0 1rem .3rem 0; }
+code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; background: #f3f5f7; padding: .1em .3em; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .8rem 0; }
+caption { text-align: left; color: var(--muted); padding-bottom: .4rem; }
+th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--faint); vertical-align: top; }
+th[scope=row], th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+thead th { vertical-align: bottom; }
+td small { display: block; color: var(--muted); white-space: nowrap; }
+tr.real th, tr.real td { color: var(--muted); }
+.best { font-weight: 650; }
+.samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
+figure { margin: 0; }
+figcaption { color: var(--muted); margin: .3rem 0 0; }
+img { max-width: 100%; height: auto; }
+.samples img { width: 100%; image-rendering: pixelated; border: 1px solid var(--faint); }
+dt { font-weight: 650; margin-top: .7rem; }
+dd { margin-left: 0; }
+@media print { body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
+  figure, tr { break-inside: avoid; } h2 { break-after: avoid; } .wide { overflow: visible; } }
+"""
+
+
+def page(result: Contest, pictures: Mapping[str, Image]) -> str:
+    """The page, in HTML.
+
+    Args:
+        result: the comparison.
+        pictures: samples of each row, and held-out data, by name.
+    """
+    sections = {
+        "At a glance": _glance(result),
+        "Samples": _samples(result, pictures),
+        "Quality and speed": _drawn(speed(result), "Each run: samples for each second, and their distance from data."),
+        **({"Likelihood": _likelihood(result)} if _with(result, "likelihood") else {}),
+        **{
+            name: f"<p>{says}</p>" + _drawn(forest(result, _of_group(result, name)), f"{name}, with 95% intervals.")
+            for name, says in GROUPS.items()
+            if _of_group(result, name)
+        },
+        "Stability over seeds": _stability(result),
+        "Training": _drawn(training(result), "Energy distance of the checkpoints of every run, along it."),
+        "Cost": _cost(result),
+        "What the numbers are": _definitions(result),
+    }
+    names = {title: title.lower().replace(" ", "-") for title in sections}
+    contents = "".join(f'<a href="#{name}">{escape(title)}</a>' for title, name in names.items())
+    body = "".join(
+        f'<section aria-labelledby="{names[title]}"><h2 id="{names[title]}">{escape(title)}</h2>{html}</section>'
+        for title, html in sections.items()
+    )
+    families = _listed([row.family for row in result.rows])
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{escape(result.data)}: {escape(families)}</title><link rel="icon" href="data:,">'
+        f"<style>{STYLE}</style></head><body><header><h1>{escape(families)} on {escape(result.data)}</h1>"
+        f"<p>{escape(summary(result))}</p><p><code>{escape(result.command)}</code></p>"
+        f'<nav aria-label="Contents">{contents}</nav></header><main>{body}</main></body></html>\n'
+    )
+
+
+def summary(result: Contest) -> str:
+    """In a sentence, what was compared."""
+    budget = "" if result.minutes is None else f"trained for {result.minutes:g} minutes on one core, "
+    seeds = "one seed" if result.seeds == 1 else f"{result.seeds} seeds"
+    return (
+        f"Every family {budget}from {seeds}, with its defaults. {result.n:,} samples of each run against as many "
+        f"held-out examples, in {result.features}. Numbers are means over seeds with 95% intervals, which hold for "
+        f"other seeds and other held-out examples. ancestral {result.version}."
+    )
+
+
+def title(name: str, result: Contest) -> str:
+    """What a number is called."""
+    labels = {"likelihood": f"negative log-likelihood, {result.unit}", "rate": "samples a second"}
+    return labels.get(name) or METRICS[name].label
+
+
+# Sections.
+
+
+def _glance(result: Contest) -> str:
+    names = [name for name in ("likelihood", *METRICS, "rate") if _with(result, name)]
+    head = "".join(f'<th scope="col">{escape(title(name, result))}</th>' for name in names)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(row.family)}{_failed(row)}</th>{"".join(_cell(row, name) for name in names)}</tr>'
+        for row in result.rows
+    )
+    for label, standing in (("held-out data", result.held_out), ("training data", result.training)):
+        cells = "".join(_plain(standing.get(name)) for name in names)
+        rows += f'<tr class="real"><th scope="row">{label}</th>{cells}</tr>'
+    caption = (
+        "Held-out data in the samples' place is what good looks like, training data in their place what copying looks "
+        "like. “No difference” means that the interval of the difference from the best holds zero."
+    )
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="Table of all numbers"><table><caption>{caption}'
+        f"</caption><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _cell(row: Row, name: str) -> str:
+    found, verdict = row.numbers.get(name), row.verdicts.get(name)
+    if found is None:
+        return "<td>none</td>" if name == "likelihood" else "<td></td>"
+    word = "" if verdict is None else MARKS[verdict.word].format(best=verdict.best)
+    kind = ' class="best"' if verdict and verdict.word == "best" else ""
+    return f"<td{kind}>{_split(found)}{f'<small>{escape(word)}</small>' if word else ''}</td>"
+
+
+def _plain(found: Interval | None) -> str:
+    return "<td></td>" if found is None else f"<td>{_split(found)}</td>"
+
+
+def _split(found: Interval) -> str:
+    value, rest = number(found).split(" ", 1)
+    return f"{value}<small>{rest[1:-1]}</small>"
+
+
+def _failed(row: Row) -> str:
+    return f"<br><small>{row.failed} of {row.runs} runs failed</small>" if row.failed else ""
+
+
+def _samples(result: Contest, pictures: Mapping[str, Image]) -> str:
+    shown = "".join(
+        _figure(_png(picture), f"Samples: {name}" if name != "held-out data" else name)
+        for name, picture in pictures.items()
+    )
+    return f'<p>Of the first seed, not chosen: the first that seed 0 gives.</p><div class="samples">{shown}</div>'
+
+
+def _likelihood(result: Contest) -> str:
+    without = [row.family for row in result.rows if "likelihood" not in row.numbers and row.failed < row.runs]
+    said = f" {_listed(without)} has none." if without else ""
+    return (
+        f"<p>Of held-out examples, in {result.unit}: less is better, and what is a bound is an upper one.{said}</p>"
+        + _drawn(forest(result, ["likelihood"]), "Negative log-likelihood, with 95% intervals.")
+    )
+
+
+def _stability(result: Contest) -> str:
+    names = [name for name in ("likelihood", *METRICS) if any(name in row.between for row in result.rows)]
+    if not names:
+        return "<p>One seed says nothing of it: more are asked for with <code>--seeds</code>.</p>"
+    head = "".join(f'<th scope="col">{escape(title(name, result))}</th>' for name in names)
+    rows = "".join(
+        f'<tr><th scope="row">{escape(row.family)}</th><td>{row.failed} of {row.runs}</td>'
+        + "".join(f"<td>{row.between[name]:.2g}</td>" if name in row.between else "<td></td>" for name in names)
+        + "</tr>"
+        for row in result.rows
+    )
+    return (
+        '<div class="wide" tabindex="0" role="region" aria-label="Deviation between seeds"><table><caption>Standard '
+        "deviation between seeds, and runs that did not end in a model.</caption>"
+        f'<thead><tr><th></th><th scope="col">failed</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
+
+
+def _cost(result: Contest) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(row.family)}</th><td>{row.seconds / 60:.1f}</td><td>{row.parameters:,}</td>'
+        f"<td>{row.evaluations}</td>{_plain(row.numbers.get('rate'))}</tr>"
+        for row in result.rows
+    )
+    heads = ("minutes of training", "parameters", "evaluations of the network a sample", "samples a second")
+    head = "".join(f'<th scope="col">{each}</th>' for each in heads)
+    commands = "".join(
+        f"<li><code>ancestral evaluate {escape(each.run)}</code>"
+        + (f": failed, {escape(each.failed)}" if each.failed else "")
+        + "</li>"
+        for each in result.entrants
+    )
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="Cost"><table><caption>Means over seeds.</caption>'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<p>The runs, and what measures each again:</p><ul>{commands}</ul>"
+    )
+
+
+def _definitions(result: Contest) -> str:
+    shown = {name: says for name, says in result.definitions.items() if _with(result, name)}
+    terms = "".join(f"<dt>{escape(title(name, result))}</dt><dd>{escape(says)}</dd>" for name, says in shown.items())
+    return f"<dl>{terms}</dl>"
+
+
+# Drawings.
+
+
+def forest(result: Contest, names: Sequence[str]) -> "Figure":
+    """One panel for each number: the mean of every family with its interval, its seeds, and real data beside them."""
+    labels = [row.family for row in result.rows] + list(FOUND)
+    columns = min(2, len(names))
+    figure, panels = _panels(columns, -(-len(names) // columns), 0.35 * len(labels) + 1.0)
+    for axes, name in zip(panels, names, strict=False):
+        for y, label in enumerate(labels):
+            _row(axes, result, name, label, y)
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.set_title(title(name, result), loc="left", fontsize=11, color=INK)
+        axes.grid(axis="x", color=FAINT)
+    for axes in panels[len(names) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _row(axes: "Axes", result: Contest, name: str, label: str, y: float) -> None:
+    if label in FOUND:
+        found = (result.held_out if label == "held-out data" else result.training).get(name)
+        seeds, colour = list[float](), FOUND[label]
+    else:
+        row = next(each for each in result.rows if each.family == label)
+        found, colour = row.numbers.get(name), RED
+        seeds = [each.numbers[name].value for each in result.entrants if each.family == label and name in each.numbers]
+    if found is None:
+        return
+    axes.plot(seeds, [y + 0.22] * len(seeds), "|", color=GREY, markersize=6)
+    axes.plot([found.low, found.high], [y, y], color=colour, linewidth=2)
+    axes.plot([found.value], [y], "o", color=colour, markersize=6)
+
+
+def speed(result: Contest) -> "Figure":
+    """Every run by how fast it is sampled and how near samples are."""
+    figure, (axes, *_) = _panels(1, 1, 3.6)
+    shown = [each for each in result.entrants if "rate" in each.numbers]
+    for mark, row in zip("osD^vPX*", result.rows, strict=False):
+        runs = [each for each in shown if each.family == row.family]
+        points = [(each.numbers["rate"].value, each.numbers["energy"].value) for each in runs]
+        if points:
+            axes.plot(*zip(*points, strict=True), mark, label=row.family, markersize=7, alpha=0.8)
+    axes.set_xscale("log")
+    axes.axhspan(result.held_out["energy"].low, result.held_out["energy"].high, color=FAINT, label="held-out data")
+    axes.set_xlabel("samples a second")
+    axes.set_ylabel(title("energy", result))
+    axes.legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left")
+    return figure
+
+
+def training(result: Contest) -> "Figure":
+    """Every run's distance at its checkpoints."""
+    figure, panels = _panels(min(2, len(result.rows)), -(-len(result.rows) // 2), 2.4)
+    for axes, row in zip(panels, result.rows, strict=False):
+        for each in (one for one in result.entrants if one.family == row.family and one.looks):
+            steps = [look.step / each.steps for look in each.looks]
+            axes.plot(steps, [look.energy.value for look in each.looks], ".-", color=RED, alpha=0.6, linewidth=1)
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.set_xlim(0, 1.02)
+        axes.set_title(row.family, loc="left", fontsize=11, color=INK)
+        axes.set_xlabel("share of the run")
+        axes.set_ylabel("energy distance²")
+    for axes in panels[len(result.rows) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _panels(columns: int, rows: int, height: float) -> "tuple[Figure, list[Axes]]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, height * rows), layout="constrained", facecolor="white")
+    panels = [axes for row in figure.subplots(rows, columns, squeeze=False) for axes in row]
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=INK)
+    return figure, panels
+
+
+def _drawn(figure: "Figure", alt: str) -> str:
+    """A drawing inside the page, in lines and not in pixels."""
+    text = StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    coded = base64.b64encode(text.getvalue().encode()).decode()
+    return _figure(f"data:image/svg+xml;base64,{coded}", alt)
+
+
+def _figure(source: str, words: str) -> str:
+    """A picture with its words, for whoever sees it and whoever does not."""
+    said = escape(words)
+    return f'<figure><img src="{source}" alt="{said}"><figcaption>{said}</figcaption></figure>'
+
+
+def _png(picture: Image) -> str:
+    data = BytesIO()
+    picture.save(data, format="png")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def _with(result: Contest, name: str) -> bool:
+    return any(name in row.numbers for row in result.rows)
+
+
+def _of_group(result: Contest, group: str) -> list[str]:
+    return [name for name, metric in METRICS.items() if metric.group == group and _with(result, name)]
+
+
+def _listed(words: Sequence[str]) -> str:
+    """Words with commas, and an "and" before the last."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -1,0 +1,269 @@
+"""Families side by side on the same data: what every trained run reaches, over seeds, and which families differ.
+
+Renew the published schema with: python -m ancestral.measure.compare > docs/comparison.schema.json
+"""
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Literal
+
+from pydantic import Field
+
+from ancestral.data import Data
+from ancestral.diffusion.model import STEPS, Diffusion
+from ancestral.gan.model import GAN
+from ancestral.measure.evaluate import evaluate
+from ancestral.measure.metrics.intervals import around, student
+from ancestral.measure.quality import METRICS, Bench
+from ancestral.measure.record import Interval, Kind, Record
+from ancestral.training import checkpoint
+from ancestral.training.recipes import Model
+
+LIKELIHOOD, TIMED = 2000, 64
+"""Held-out examples whose likelihood is measured, at most; and samples that are drawn at a time to see how fast."""
+
+FEW = 256
+"""Samples by which the checkpoints of a run are told apart, at most."""
+
+BETTER = {"likelihood": "less", "rate": "more"} | {name: metric.better for name, metric in METRICS.items()}
+"""Which way each number is better."""
+
+
+class Look(Record):
+    """A checkpoint on the way: the energy distance of a few samples from examples that no other number is made with."""
+
+    step: int
+    energy: Interval
+
+
+class Entrant(Record):
+    """One run: what it cost and what it reached, at its end and at the best of its checkpoints.
+
+    `numbers` are the negative log-likelihood or its bound, where the family has one, samples for each second, and what
+    `quality.METRICS` says of samples. `best` is the same of samples from the checkpoint that is nearest by `looks`.
+    """
+
+    family: str
+    seed: int
+    run: str
+    failed: str | None = Field(None, description="why there is no model at the end")
+    seconds: float = Field(0.0, description="of training")
+    steps: int = 0
+    parameters: int = 0
+    kind: Kind | None = Field(None, description="of the likelihood")
+    evaluations: int = Field(1, description="of the network for each sample")
+    numbers: dict[str, Interval] = Field(default_factory=dict)
+    best: dict[str, Interval] = Field(default_factory=dict)
+    looks: list[Look] = Field(default_factory=list)
+
+
+class Verdict(Record):
+    """A family against the one that is best by a number: the difference, and whether it can be told from none."""
+
+    best: str
+    difference: Interval | None = Field(None, description="this family's number minus that of the best")
+    word: Literal["best", "no difference", "worse"]
+
+
+class Row(Record):
+    """A family over its seeds. Intervals hold for other seeds and other held-out examples."""
+
+    family: str
+    runs: int
+    failed: int
+    numbers: dict[str, Interval]
+    between: dict[str, float] = Field(description="standard deviation between seeds, where there are two at least")
+    best: dict[str, Interval]
+    verdicts: dict[str, Verdict]
+    seconds: float
+    parameters: int
+    evaluations: int
+
+
+class Contest(Record):
+    """The one object that `ancestral compare --json` prints."""
+
+    data: str
+    unit: Literal["bits/dim", "nats"]
+    n: int = Field(description="samples of each model, and held-out examples that they stand against")
+    minutes: float | None = Field(description="of training for each run; None for runs that were finished before")
+    seeds: int
+    features: str = Field(description="what distances are measured in")
+    rows: list[Row]
+    held_out: dict[str, Interval] = Field(description="held-out examples in the samples' place")
+    training: dict[str, Interval] = Field(description="training examples in the samples' place")
+    entrants: list[Entrant]
+    definitions: dict[str, str] = Field(description="of the numbers")
+    version: str
+    command: str
+    artifacts: dict[str, str]
+
+
+def assess(
+    run: Path,
+    data: Data,
+    bench: Bench,
+    *,
+    family: str,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Entrant:
+    """What a finished run reached.
+
+    Args:
+        run: its directory.
+        data: that all are measured on.
+        bench: what samples stand against.
+        family: what the row is called.
+        seed: of the run; that of samples and of the likelihood's noise is 0 for all.
+        progress: told (what, done, of).
+    """
+    saved = checkpoint.open_run(run)
+    model, record = saved.model, json.loads((checkpoint.run_of(run) / "run.json").read_bytes())
+    numbers: dict[str, Interval] = {}
+    kind: Kind | None = None
+    if not isinstance(model, GAN):
+        measured = evaluate(model, data, n=LIKELIHOOD, progress=progress)
+        found, kind = measured.likelihood(), measured.kind
+        numbers["likelihood"] = around(found.value, found.stderr)
+    numbers["rate"] = _rate(model)
+    samples = model.sample(bench.n, rng=0)
+    numbers |= bench.of(samples)
+    looks = _looks(run, bench, progress)
+    nearest = min(looks, key=lambda each: each[1].energy.value, default=None)
+    best = numbers
+    if nearest and nearest[1].step != saved.step:
+        best = bench.of(checkpoint.load(nearest[0]).sample(bench.n, rng=0))
+    return Entrant(
+        family=family,
+        seed=seed,
+        run=str(run),
+        seconds=record.get("seconds", 0.0),
+        steps=saved.step,
+        parameters=sum(p.numel() for p in model.parameters()),
+        kind=kind,
+        evaluations=STEPS if isinstance(model, Diffusion) else 1,
+        numbers=numbers,
+        best={name: value for name, value in best.items() if name in METRICS},
+        looks=[look for _, look in looks],
+    )
+
+
+def _rate(model: Model) -> Interval:
+    """Samples for each second, from three draws."""
+    took = []
+    for _ in range(3):
+        began = time.perf_counter()
+        model.sample(TIMED, rng=0)
+        took.append(TIMED / (time.perf_counter() - began))
+    return Interval(value=median(took), stderr=stdev(took) / 3**0.5, low=min(took), high=max(took))
+
+
+def _looks(run: Path, bench: Bench, progress: Callable[[str, int, int], None] | None) -> list[tuple[Path, Look]]:
+    """The checkpoints that a run kept, and how near each is."""
+    kept, found = checkpoint.checkpoints(checkpoint.run_of(run)), []
+    for i, path in enumerate(kept):
+        step = checkpoint.step_of(path)
+        if step:
+            drawn = checkpoint.load(path).sample(min(FEW, bench.n), rng=1)
+            found.append((path, Look(step=step, energy=bench.aside(drawn))))
+        if progress:
+            progress("looking at checkpoints", i + 1, len(kept))
+    return found
+
+
+def rows(entrants: Sequence[Entrant]) -> list[Row]:
+    """One row for each family, in the order in which they come."""
+    families: dict[str, list[Entrant]] = defaultdict(list)
+    for entrant in entrants:
+        families[entrant.family].append(entrant)
+    ended = {family: [each for each in runs if each.failed is None] for family, runs in families.items()}
+    return [
+        Row(
+            family=family,
+            runs=len(runs),
+            failed=len(runs) - len(ended[family]),
+            numbers=_means([each.numbers for each in ended[family]]),
+            between=_between([each.numbers for each in ended[family]]),
+            best=_means([each.best for each in ended[family]]),
+            verdicts={name: verdict for name in BETTER if (verdict := _verdict(name, family, ended))},
+            seconds=fmean([each.seconds for each in runs]),
+            parameters=max(each.parameters for each in runs),
+            evaluations=max(each.evaluations for each in runs),
+        )
+        for family, runs in families.items()
+    ]
+
+
+def over_seeds(each: Sequence[Interval]) -> Interval:
+    """The mean of a number over seeds, with an interval for other seeds and other examples.
+
+        reach^2 = (t_{K-1} s)^2 / K + z^2 mean_k stderr_k^2
+
+    for s the deviation between K seeds. The second part is of the examples, which all seeds are measured on and no
+    number of seeds makes smaller; samples of the model are in both, so the interval is somewhat wide.
+
+    Reference: Zou & Donner (2008) for the sum of squared reaches.
+
+    Example:
+        >>> one = Interval(value=1.0, stderr=0.1, low=0.8, high=1.2)
+        >>> over_seeds([one, one]).stderr
+        0.1
+    """
+    K = len(each)
+    if K == 1:
+        return each[0]
+    values = [one.value for one in each]
+    between, within = stdev(values) ** 2 / K, fmean(one.stderr**2 for one in each)
+    reach = (student(K - 1) ** 2 * between + student(math.inf) ** 2 * within) ** 0.5
+    mean = fmean(values)
+    return Interval(value=mean, stderr=(between + within) ** 0.5, low=mean - reach, high=mean + reach)
+
+
+def difference(a: Sequence[Interval], b: Sequence[Interval]) -> Interval:
+    """The mean over seeds of one family minus that of another, on the same examples.
+
+    With seeds enough it is Welch's, from the deviations between seeds alone, for what the examples share goes out of
+    the difference; with a single one on either side, both errors are taken to be independent, which is wide.
+
+    Reference: Welch (1947).
+    """
+    of = fmean(one.value for one in a) - fmean(one.value for one in b)
+    if min(len(a), len(b)) < 2:
+        return around(of, (over_seeds(a).stderr ** 2 + over_seeds(b).stderr ** 2) ** 0.5)
+    parts = [(stdev([one.value for one in each]) ** 2 / len(each), len(each) - 1) for each in (a, b)]
+    total = sum(part for part, _ in parts)
+    below = sum(part**2 / freedom for part, freedom in parts)
+    return around(of, total**0.5, total**2 / below if below else math.inf)
+
+
+def _means(each: Sequence[dict[str, Interval]]) -> dict[str, Interval]:
+    return {name: over_seeds([numbers[name] for numbers in each]) for name in (each[0] if each else ())}
+
+
+def _between(each: Sequence[dict[str, Interval]]) -> dict[str, float]:
+    names = each[0] if len(each) > 1 else ()
+    return {name: stdev([numbers[name].value for numbers in each]) for name in names}
+
+
+def _verdict(name: str, family: str, ended: dict[str, list[Entrant]]) -> Verdict | None:
+    """How a family stands to the best by a number; None if it has none, or more of it is neither better nor worse."""
+    sign = {"less": 1.0, "more": -1.0}.get(BETTER[name] or "")
+    found = {each: [run.numbers[name] for run in runs if name in run.numbers] for each, runs in ended.items()}
+    found = {each: numbers for each, numbers in found.items() if numbers}
+    if sign is None or family not in found:
+        return None
+    best = min(found, key=lambda each: sign * fmean(one.value for one in found[each]))
+    if best == family:
+        return Verdict(best=best, word="best")
+    apart = difference(found[family], found[best])
+    return Verdict(best=best, difference=apart, word="no difference" if apart.low <= 0 <= apart.high else "worse")
+
+
+if __name__ == "__main__":
+    print(json.dumps(Contest.model_json_schema(), indent=2))  # noqa: T201

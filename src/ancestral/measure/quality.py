@@ -1,0 +1,189 @@
+"""How samples stand to data, in one table of numbers, with no likelihood asked for.
+
+Each number stands beside that of held-out examples in the samples' place, which is what good looks like, and of
+training examples in their place, which is what copying looks like. All sets are of one size, so that none is nearer for
+being larger.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ancestral.data import Data
+from ancestral.errors import DataError
+from ancestral.measure.metrics import copying, distances, twosample
+from ancestral.measure.metrics.intervals import around
+from ancestral.measure.record import Interval
+from ancestral.rng import stream
+
+SAMPLES = 1000
+"""Examples in each set, at most."""
+
+Better = Literal["less", "more"]
+Standing = dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What samples are held against, in the model's units as vectors and as features of them, float64, shape (n, D).
+
+    Attributes:
+        x: samples.
+        held_out: examples that were never learnt from.
+        training: examples that were.
+        features: of each of the three.
+    """
+
+    x: Tensor
+    held_out: Tensor
+    training: Tensor
+    features: tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number about samples.
+
+    Attributes:
+        label: what it is called.
+        group: what it is about: "Distance", "Coverage" or "Memorisation".
+        better: which way it is better, or None where it is to be read beside those of real data.
+        says: its definition, in a sentence.
+        of: from the sets.
+    """
+
+    label: str
+    group: str
+    better: Better | None
+    says: str
+    of: Callable[[Sets], Interval]
+
+
+METRICS = {
+    "energy": Metric(
+        "energy distance²",
+        "Distance",
+        "less",
+        "2 E|X - Y| - E|X - X'| - E|Y - Y'| between samples and held-out examples, unbiased: 0 in expectation where "
+        "the laws are one (Székely & Rizzo 2013).",
+        lambda s: distances.energy(*s.features[:2]),
+    ),
+    "frechet": Metric(
+        "FD∞",
+        "Distance",
+        "less",
+        "The squared Fréchet distance between Gaussians of the same mean and covariance, extrapolated to infinitely "
+        "many samples (Heusel et al. 2017; Chong & Forsyth 2020).",
+        lambda s: distances.frechet_extrapolated(*s.features[:2]),
+    ),
+    "kid": Metric(
+        "KID",
+        "Distance",
+        "less",
+        "The squared mean discrepancy with the kernel (a.b / D + 1)^3, unbiased (Bińkowski et al. 2018).",
+        lambda s: distances.kid(*s.features[:2]),
+    ),
+    "sliced": Metric(
+        "sliced Wasserstein²",
+        "Distance",
+        "less",
+        "The squared 2-Wasserstein distance of projections, averaged over 128 directions, without its noise.",
+        lambda s: distances.sliced(*s.features[:2], rng=stream(0)),
+    ),
+    "told-apart": Metric(
+        "told from data",
+        "Distance",
+        "less",
+        "How often a classifier that was fitted on half of samples and held-out examples is right on the other half: "
+        "1/2 where it cannot tell (Lopez-Paz & Oquab 2017).",
+        lambda s: twosample.classifier(*s.features[:2], rng=stream(0)).statistic,
+    ),
+    "copied": Metric(
+        "nearer to training data",
+        "Memorisation",
+        None,
+        "The share of samples that are nearer to a training example than to any of as many held-out ones: one half of "
+        "what is new, all of what was copied.",
+        lambda s: copying.copied(s.x, s.training, s.held_out),
+    ),
+    "authentic": Metric(
+        "authenticity",
+        "Memorisation",
+        None,
+        "The share of samples that are farther from their nearest training example than that is from its own nearest "
+        "(Alaa et al. 2022).",
+        lambda s: copying.authenticity(s.x, s.training),
+    ),
+    "data-copying": Metric(
+        "C_T",
+        "Memorisation",
+        None,
+        "Whether samples rank nearer to training examples than held-out examples do, in standard deviations: below -3 "
+        "is copying (Meehan et al. 2020).",
+        lambda s: around(copying.data_copying(s.x, s.training, s.held_out, rng=stream(0)).z, 1.0),
+    ),
+}
+
+
+class Bench:
+    """Sets of held-out and training examples that samples of any model are held against, the same for all.
+
+    Args:
+        data: whose held-out split is divided in two: what is compared with, and what stands in the samples' place.
+        n: examples in each set, at most; half of the held-out examples at most.
+        seed: of the choice of examples.
+
+    Raises:
+        DataError: if there are too few examples.
+
+    Example:
+        >>> from ancestral.data import load
+        >>> bench = Bench(load("digits"))
+        >>> bench.n, bench.training["copied"].value
+        (160, 1.0)
+    """
+
+    def __init__(self, data: Data, *, n: int = SAMPLES, seed: int = 0) -> None:
+        self.data, self.n = data, min(n, len(data.held_out) // 2, len(data.train))
+        if self.n < distances.BLOCKS:
+            raise DataError(
+                f"{data.facts.name}: comparing samples takes {2 * distances.BLOCKS} held-out examples and "
+                f"{distances.BLOCKS} to learn from, and there are {len(data.held_out)} and {len(data.train)}"
+            )
+        order = torch.from_numpy(stream(seed, 1).permutation(len(data.held_out)))
+        learnt = torch.from_numpy(stream(seed, 2).permutation(len(data.train)))
+        self._other = data.held_out[order[self.n : 2 * self.n]]
+        self._training = data.train[learnt[: self.n]]
+        self._held_out = self._vectors(data.held_out[order[: self.n]])
+
+    @property
+    def features(self) -> str:
+        """What distances are measured in."""
+        return "pixels" if self.data.facts.is_image else "values"
+
+    def of(self, samples: Tensor) -> Standing:
+        """Every number about n samples in the user's units."""
+        x, training = self._vectors(samples), self._vectors(self._training)
+        sets = Sets(x, self._held_out, training, (x, self._held_out, training))
+        return {name: metric.of(sets) for name, metric in METRICS.items()}
+
+    def aside(self, samples: Tensor) -> Interval:
+        """The energy distance from examples that no other number is made with, to choose between models by."""
+        return distances.energy(self._vectors(samples), self._vectors(self._other))
+
+    @cached_property
+    def held_out(self) -> Standing:
+        """The numbers of held-out examples in the samples' place."""
+        return self.of(self._other)
+
+    @cached_property
+    def training(self) -> Standing:
+        """The numbers of training examples in the samples' place."""
+        return self.of(self._training)
+
+    def _vectors(self, raw: Tensor) -> Tensor:
+        return self.data.facts.scale.forward(raw, dtype=torch.float64).flatten(1)

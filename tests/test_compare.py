@@ -1,0 +1,181 @@
+"""Comparing families: intervals over seeds that hold what they say, who differs from whom, and the report."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from typer.testing import CliRunner
+
+from ancestral.apps.cli import app
+from ancestral.apps.output import number
+from ancestral.measure.compare import Contest, Entrant, difference, over_seeds, rows
+from ancestral.measure.metrics.intervals import around
+from ancestral.measure.record import Interval
+from ancestral.rng import stream
+
+DOCS = Path(__file__).parent.parent / "docs"
+REPEATS = 2000
+SLACK = 3 * (0.95 * 0.05 / REPEATS) ** 0.5
+"""Three standard deviations of the share of so many intervals of 95% that hold the truth."""
+
+
+def families(seeds: int, deviation: float, stderr: float, rng) -> tuple[list[Interval], list[Interval]]:
+    """Two families of one mean, 0: seeds of a deviation between them, and an error that all measurements share."""
+    shared = rng.normal(0, stderr)
+    return tuple([around(float(shared + each), stderr) for each in rng.normal(0, deviation, seeds)] for _ in range(2))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("deviation", [0.1, 1.0])
+def test_an_interval_over_seeds_holds_the_mean_of_other_seeds_and_examples(seeds, deviation):
+    """At least as often as it says: deviations between seeds and the error of the examples are both in it."""
+    rng = stream(seeds)
+    held = [over_seeds(families(seeds, deviation, 0.5, rng)[0]) for _ in range(REPEATS)]
+    assert sum(one.low <= 0 <= one.high for one in held) / REPEATS > 0.95 - SLACK
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_a_difference_is_found_where_there_is_none_one_time_in_twenty(seeds):
+    """The error that all measurements share goes out of a difference."""
+    rng = stream(seeds)
+    held = [difference(*families(seeds, 1.0, 5.0, rng)) for _ in range(REPEATS)]
+    assert abs(sum(one.low <= 0 <= one.high for one in held) / REPEATS - 0.95) < SLACK + 0.01  # Welch's own error
+
+
+def entrant(family: str, seed: int, energy: float, rate: float = 10.0, failed: str | None = None) -> Entrant:
+    numbers = {} if failed else {"energy": around(energy, 0.01), "rate": around(rate, 0.1)}
+    return Entrant(family=family, seed=seed, run=f"{family}-{seed}", failed=failed, numbers=numbers, best=numbers)
+
+
+def test_who_is_best_who_is_worse_and_who_cannot_be_told():
+    runs = [entrant("vae", seed, 0.50 + 0.01 * seed) for seed in range(3)]
+    runs += [entrant("flow", seed, 0.48 + 0.02 * seed) for seed in range(3)]
+    runs += [entrant("gan", seed, 0.90 + 0.01 * seed, rate=99.0) for seed in range(2)]
+    runs += [entrant("gan", 2, 0.0, failed="training has collapsed")]
+    vae, flow, gan = rows(runs)
+    words = {row.family: row.verdicts["energy"].word for row in (vae, flow, gan)}
+    assert words == {"vae": "no difference", "flow": "best", "gan": "worse"}
+    assert gan.verdicts["rate"].word == "best"  # more of it is better
+    assert (gan.runs, gan.failed, vae.failed) == (3, 1, 0)
+
+
+class Page(HTMLParser):
+    """What a page asks for, what it shows, and whether its tags are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.without_words, self.headings, self.ids, self.links, self.open = [], 0, [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.asked += [found[key] for key in ("src", "srcset", "data", "action") if key in found]
+        self.asked += [found["href"]] if tag == "link" else []
+        self.without_words += tag == "img" and not found.get("alt")
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found["href"]] if tag == "a" else []
+        if tag not in {"meta", "link", "img", "br"}:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in {"h1", "h2"}:
+            self.headings.append(data)
+
+
+def compared(where: Path, *more: str) -> dict:
+    arguments = ["compare", "ring-8", "--families", "vae,gan", "--seeds", "2", "--minutes", "0.02", "-n", "200"]
+    result = CliRunner().invoke(app, [*arguments, "--to", str(where), "--json", *more])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def contest(tmp_path_factory) -> tuple[Path, dict]:
+    where = tmp_path_factory.mktemp("compared") / "ring"
+    return where, compared(where)
+
+
+def test_a_comparison_trains_every_family_from_every_seed_and_is_one_object(contest):
+    where, record = contest
+    schema = json.loads((DOCS / "comparison.schema.json").read_text())
+    Draft202012Validator(schema).validate(record)
+    assert json.loads((where / "compare.json").read_text()) == record
+    assert {row["family"]: row["runs"] for row in record["rows"]} == {"vae": 2, "gan": 2}
+    vae, gan = record["rows"]
+    assert "likelihood" in vae["numbers"]
+    assert "likelihood" not in gan["numbers"]
+    assert record["held_out"]["energy"]["low"] <= 0 <= record["held_out"]["energy"]["high"]
+    assert record["training"]["copied"]["value"] == 1
+
+
+def test_a_comparison_that_is_there_is_read_again_and_trains_nothing(contest):
+    where, record = contest
+    final = where / "runs" / "vae-0" / "final" / "weights.safetensors"
+    before = final.stat().st_mtime_ns
+    again = compared(where)
+    assert final.stat().st_mtime_ns == before
+    assert again["rows"] == record["rows"]
+
+
+def test_the_report_needs_nothing_else_and_can_be_read_without_pictures(contest):
+    where, record = contest
+    page = Page()
+    page.feed((where / "report.html").read_text())
+    assert page.open == []
+    assert all(each.startswith("data:") for each in page.asked)
+    assert page.without_words == 0
+    assert len(set(page.ids)) == len(page.ids)
+    assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
+    for heading in ("At a glance", "Samples", "Likelihood", "Memorisation", "Stability over seeds", "Cost"):
+        assert heading in page.headings
+    text = (where / "report.html").read_text()
+    assert "<script" not in text
+    for row in record["rows"]:
+        shown = number(Interval.model_validate(row["numbers"]["energy"])).split(" ")[0]
+        assert shown in text
+
+
+def test_finished_runs_are_compared_as_they_are(contest, tmp_path):
+    where, record = contest
+    runs = [str(where / "runs" / name) for name in ("vae-0", "gan-0")]
+    result = CliRunner().invoke(app, ["compare", *runs, "-n", "200", "--to", str(tmp_path / "two"), "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["minutes"] is None
+    first = next(each for each in record["entrants"] if each["run"] == runs[0])
+    assert found["entrants"][0]["numbers"]["energy"] == first["numbers"]["energy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ring-8", "--families", "vae,gann"], "did you mean 'gan'"),
+        (["ring-8", "grid-25"], "one DATA, or run directories only"),
+        (["nowhere-8"], "no file or folder"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_a_sentence(arguments, words, tmp_path):
+    result = CliRunner().invoke(app, ["compare", *arguments, "--to", str(tmp_path / "x")])
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_number_is_told_in_as_many_digits_as_its_interval_bears():
+    assert number(around(1.23456, 0.1)) == "1.23 (1.04 to 1.43)"
+    assert number(around(1234.5, 100.0)) == "1,234 (1,039 to 1,430)"
+
+
+def test_the_published_schema_is_the_one_in_the_code():
+    """Renew with: python -m ancestral.measure.compare > docs/comparison.schema.json."""
+    assert json.loads((DOCS / "comparison.schema.json").read_text()) == Contest.model_json_schema()
+
+
+def test_a_mean_over_no_deviation_is_the_number_itself():
+    one = around(2.0, 0.5)
+    torch.testing.assert_close(over_seeds([one, one, one]).stderr, one.stderr)
