@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ancestral.data import Data
 from ancestral.errors import DataError
-from ancestral.measure.metrics import copying, distances, twosample
+from ancestral.measure.metrics import copying, coverage, distances, twosample
 from ancestral.measure.metrics.intervals import around
 from ancestral.measure.record import Interval
 from ancestral.rng import stream
@@ -27,7 +27,7 @@ Better = Literal["less", "more"]
 Standing = dict[str, Interval]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sets:
     """What samples are held against, in the model's units as vectors and as features of them, float64, shape (n, D).
 
@@ -42,6 +42,11 @@ class Sets:
     held_out: Tensor
     training: Tensor
     features: tuple[Tensor, Tensor, Tensor]
+
+    @cached_property
+    def near(self) -> coverage.Neighbourhoods:
+        """Samples and held-out examples by whose neighbours they are."""
+        return coverage.neighbourhoods(*self.features[:2])
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,43 @@ METRICS = {
         "How often a classifier that was fitted on half of samples and held-out examples is right on the other half: "
         "1/2 where it cannot tell (Lopez-Paz & Oquab 2017).",
         lambda s: twosample.classifier(*s.features[:2], rng=stream(0)).statistic,
+    ),
+    "precision": Metric(
+        "precision",
+        "Coverage",
+        "more",
+        "The share of samples within reach of a held-out example, which is as far as its fifth neighbour "
+        "(Kynkäänniemi et al. 2019).",
+        lambda s: s.near.precision,
+    ),
+    "density": Metric(
+        "density",
+        "Coverage",
+        None,
+        "Of how many held-out examples, by five, a sample is within reach: about 1 of real data, and more where samples "
+        "crowd (Naeem et al. 2020).",
+        lambda s: s.near.density,
+    ),
+    "recall": Metric(
+        "recall",
+        "Coverage",
+        "more",
+        "The share of held-out examples within reach of a sample (Kynkäänniemi et al. 2019).",
+        lambda s: s.near.recall,
+    ),
+    "coverage": Metric(
+        "coverage",
+        "Coverage",
+        "more",
+        "The share of held-out examples with a sample within their reach (Naeem et al. 2020).",
+        lambda s: s.near.coverage,
+    ),
+    "vendi": Metric(
+        "Vendi score",
+        "Coverage",
+        None,
+        "How many samples, each unlike all others, would be as diverse as these (Friedman & Dieng 2023).",
+        lambda s: coverage.vendi(s.features[0]),
     ),
     "copied": Metric(
         "nearer to training data",

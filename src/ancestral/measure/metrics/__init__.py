@@ -8,6 +8,6 @@
 Features are float64, one example a row; what does not fit in memory at once is worked on by rows.
 """
 
-from ancestral.measure.metrics import copying, distances, intervals, neighbours, twosample
+from ancestral.measure.metrics import copying, coverage, distances, intervals, neighbours, twosample
 
-__all__ = ["copying", "distances", "intervals", "neighbours", "twosample"]
+__all__ = ["copying", "coverage", "distances", "intervals", "neighbours", "twosample"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ancestral.errors import OptionError
-from ancestral.measure.metrics.intervals import around, of_pairs
+from ancestral.measure.metrics.intervals import around, blocks, of_pairs
 from ancestral.measure.metrics.neighbours import AT_ONCE, distance
 from ancestral.measure.record import Interval
 from ancestral.rng import Rng, randn
@@ -218,7 +218,7 @@ def discrepancy(kernel: Kernel, x: Tensor, y: Tensor) -> Interval:
     n, m = len(x), len(y)
     within, without, crossed = _sums(kernel, x), _sums(kernel, y), _sums(kernel, x, y)
     value = within.sum() / (n * (n - 1)) + without.sum() / (m * (m - 1)) - 2 * crossed.sum() / (n * m)
-    size_x, size_y = (torch.bincount(block(k), minlength=BLOCKS).double() for k in (n, m))
+    size_x, size_y = (torch.tensor([len(block) for block in blocks(k, BLOCKS)]).double() for k in (n, m))
     across = crossed / size_x[:, None] / size_y
     H = within / size_x[:, None] / size_x + without / size_y[:, None] / size_y - across - across.T
     return of_pairs(H, float(value))
@@ -254,21 +254,16 @@ def sliced(x: Tensor, y: Tensor, *, rng: Rng, directions: int = 128) -> Interval
     _check(x, y)
     w = randn((directions, x.shape[1]), rng, dtype=torch.float64)
     w = w / w.norm(dim=1, keepdim=True)
-    blocks = [torch.tensor_split(each @ w.T, BLOCKS) for each in (x, y)]
-    ends = torch.cat([torch.arange(k + 1, dtype=torch.float64) / k for k in {len(b) for part in blocks for b in part}])
+    parts = [[each[block] @ w.T for block in blocks(len(each), BLOCKS)] for each in (x, y)]
+    ends = torch.cat([torch.arange(k + 1, dtype=torch.float64) / k for k in {len(b) for part in parts for b in part}])
     ends = torch.unique(ends)
     u, du = (ends[1:] + ends[:-1]) / 2, ends.diff()
     H = torch.zeros(BLOCKS, BLOCKS, dtype=torch.float64)
     for some in torch.split(torch.arange(directions), max(1, AT_ONCE // (BLOCKS * len(u)))):
-        F, G = (torch.stack([_quantiles(b[:, some], u) for b in part]) for part in blocks)
+        F, G = (torch.stack([_quantiles(b[:, some], u) for b in part]) for part in parts)
         gap = ((F - G) * du.sqrt()[:, None]).flatten(1)
         H += gap @ gap.T / directions
     return of_pairs(H)
-
-
-def block(n: int) -> Tensor:
-    """To which of `BLOCKS` blocks of consecutive examples each of n belongs, int64, shape (n,)."""
-    return torch.cat([torch.full((len(part),), b) for b, part in enumerate(torch.tensor_split(torch.empty(n), BLOCKS))])
 
 
 def _quantiles(x: Tensor, u: Tensor) -> Tensor:
@@ -279,15 +274,22 @@ def _quantiles(x: Tensor, u: Tensor) -> Tensor:
 def _sums(kernel: Kernel, x: Tensor, y: Tensor | None = None) -> Tensor:
     """The kernel summed over every pair of blocks, shape (BLOCKS, BLOCKS); of x alone, without each with itself."""
     others = x if y is None else y
-    of_x, of_y = block(len(x)), block(len(others))
     sums = torch.zeros(BLOCKS, BLOCKS, dtype=torch.float64)
-    which = torch.nn.functional.one_hot(of_y, BLOCKS).double()
+    of_x, of_others = _blocks(len(x)), _blocks(len(others))
     for rows in torch.split(torch.arange(len(x)), max(1, AT_ONCE // len(others))):
         k = kernel(x[rows], others)
         if y is None:
             k[torch.arange(len(rows)), rows] = 0
-        sums.index_add_(0, of_x[rows], k @ which)
+        sums += of_x[rows].T @ k @ of_others
     return sums
+
+
+def _blocks(n: int) -> Tensor:
+    """One where an example is in a block, else zero, shape (n, BLOCKS)."""
+    within = torch.zeros(n, BLOCKS, dtype=torch.float64)
+    for b, rows in enumerate(blocks(n, BLOCKS)):
+        within[rows, b] = 1
+    return within
 
 
 def _root(cov: Tensor) -> Tensor:
@@ -318,11 +320,11 @@ def _frechet_of_blocks(x: Tensor, y: Tensor, *, pairs: bool = False) -> tuple[fl
 def _moments(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The size of every block, and the sums over it of x and x x^T about a centre: (B,), (B, D), (B, D, D)."""
     size, first, second = [], [], []
-    for part in torch.tensor_split(x, FEW_BLOCKS):
-        pieces = [piece - centre for piece in torch.split(part, max(1, AT_ONCE // x.shape[1]))]
+    for block in blocks(len(x), FEW_BLOCKS):
+        part = x[block] - centre
         size.append(float(len(part)))
-        first.append(torch.stack([piece.sum(0) for piece in pieces]).sum(0))
-        second.append(torch.stack([piece.T @ piece for piece in pieces]).sum(0))
+        first.append(part.sum(0))
+        second.append(part.T @ part)
     return torch.tensor(size, dtype=torch.float64), torch.stack(first), torch.stack(second)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ancestral.errors import OptionError
 from ancestral.measure.record import Interval
+from ancestral.rng import stream
 
 LEVEL = 0.95
 """Of every interval."""
@@ -106,6 +107,16 @@ def at_least(hits: int, n: int, p: float) -> float:
     k = torch.arange(hits, n + 1, dtype=torch.float64)
     log_choose = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
     return min(1.0, float((log_choose + k * math.log(p) + (n - k) * math.log1p(-p)).exp().sum()))
+
+
+def blocks(n: int, count: int) -> list[Tensor]:
+    """The indices of n examples in blocks of about equal size: at random, for sets may be sorted, and always the same.
+
+    Example:
+        >>> [len(block) for block in blocks(5, 2)]
+        [3, 2]
+    """
+    return list(torch.tensor_split(torch.from_numpy(stream(n, count).permutation(n)), count))
 
 
 def of_pairs(H: Tensor, value: float | None = None) -> Interval:

@@ -62,8 +62,7 @@ def classifier(x: Tensor, y: Tensor, *, rng: np.random.Generator, kind: str = "l
     n = min(len(x), len(y)) // 2 * 2
     if n < 4 or x.ndim != 2 or x.shape[1:] != y.shape[1:]:
         raise OptionError(
-            f"received features of shape {tuple(x.shape)} and {tuple(y.shape)}: give (n, D) and (m, D), 4 of "
-            "each or more"
+            f"received features of shape {tuple(x.shape)} and {tuple(y.shape)}: give (n, D) and (m, D), 4 each or more"
         )
     x, y = (each[torch.from_numpy(rng.permutation(len(each))[:n])] for each in (x, y))
     half = n // 2

@@ -1,0 +1,221 @@
+"""How much of the data samples reach and how much of what they reach is data: fidelity and diversity apart.
+
+neighbourhoods   precision, recall, density and coverage, by balls that reach to the k-th neighbour
+vendi            how many different samples a set is worth
+class_balance    how far the shares of classes are from those of the data
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ancestral.errors import OptionError
+from ancestral.measure.metrics.intervals import LEVEL, around, blocks
+from ancestral.measure.metrics.neighbours import by_rows
+from ancestral.measure.record import Interval
+
+BLOCKS = 10
+"""Blocks of examples that are left out in turn, from which the standard errors are told."""
+
+DRAWS = 1000
+"""Of shares of classes, from which their interval is told."""
+
+
+@dataclass(frozen=True)
+class Neighbourhoods:
+    """What balls around examples hold of samples, and balls around samples of examples.
+
+    Attributes:
+        precision: share of samples in the ball of any example.
+        recall: share of examples in the ball of any sample.
+        density: examples in whose balls a sample is, by k; 1 in expectation for equal laws.
+        coverage: share of examples in whose ball any sample is; see `expected_coverage`.
+    """
+
+    precision: Interval
+    recall: Interval
+    density: Interval
+    coverage: Interval
+
+
+def neighbourhoods(x: Tensor, y: Tensor, *, k: int = 5) -> Neighbourhoods:
+    """Precision, recall, density and coverage, with the ball of a point reaching to the k-th neighbour in its set.
+
+        precision = mean_i [any_j d(x_i, y_j) <= r(y_j)],       density  = mean_i sum_j [d(x_i, y_j) <= r(y_j)] / k
+        recall    = mean_j [any_i d(x_i, y_j) <= r(x_i)],       coverage = mean_j [min_i d(x_i, y_j) <= r(y_j)]
+
+    They depend on n and m: compare sets of equal sizes. The intervals are over both sets, by a jackknife over `BLOCKS`
+    blocks of both. For what is made of neighbours it errs on the wide side, up to twice where nearly all is covered;
+    an error for given balls, which is what counting trials makes, would be up to three times too small.
+
+    Reference: Kynkäänniemi et al. (2019), eqs. 1-3; Naeem et al. (2020), eqs. 4 and 6; Efron & Stein (1981), why the
+    jackknife errs on that side.
+
+    Args:
+        x: samples, float64, shape (n, D).
+        y: examples of the data, shape (m, D).
+        k: of the neighbour to which a ball reaches.
+
+    Raises:
+        OptionError: if there are fewer than `BLOCKS` (k + 1) of either, or of different dimensions.
+
+    Example:
+        >>> y = torch.linspace(0, 1, 100, dtype=torch.float64)[:, None]
+        >>> found = neighbourhoods(y / 2, y)
+        >>> found.precision.value, 0.5 < found.coverage.value < 0.6
+        (1.0, True)
+    """
+    if k < 1 or min(len(x), len(y)) < BLOCKS * (k + 1):
+        raise OptionError(
+            f"received {len(x)} samples and {len(y)} examples for neighbour {k}: give {BLOCKS} (k + 1) of each at least"
+        )
+    reach_x, reach_y = _reaches(x, k), _reaches(y, k)
+    left_x, left_y = _left_out(len(x)), _left_out(len(y))
+    inside, held = torch.zeros(2, BLOCKS + 1, dtype=torch.float64)
+    reached = torch.zeros(len(y), BLOCKS + 1, dtype=torch.bool)
+    closest = torch.full((len(y), BLOCKS + 1), torch.inf, dtype=torch.float64)
+    for rows, d in by_rows(x, y):
+        for t in range(BLOCKS + 1):
+            keep = ~left_x[rows, t]
+            ball = (d[keep] <= reach_y[:, t]) & ~left_y[:, t]
+            inside[t] += ball.any(1).sum()
+            held[t] += ball.sum()
+            reached[:, t] |= (d[keep] <= reach_x[rows[keep], t, None]).any(0)
+            if keep.any():
+                closest[:, t] = torch.minimum(closest[:, t], d[keep].min(0).values)
+    n, m = (~left_x).sum(0).double(), (~left_y).sum(0).double()
+    return Neighbourhoods(
+        precision=_jackknife(inside / n),
+        recall=_jackknife((reached & ~left_y).sum(0) / m),
+        density=_jackknife(held / (k * n)),
+        coverage=_jackknife(((closest <= reach_y) & ~left_y).sum(0) / m),
+    )
+
+
+def expected_coverage(n: int, m: int, k: int = 5) -> float:
+    """The coverage of m examples by n samples of the same law: that not all of the k nearest of both are examples.
+
+        1 - prod_{i<k} (m - 1 - i) / (n + m - 1 - i)
+
+    Reference: Naeem et al. (2020), appendix A.
+
+    Example:
+        >>> round(expected_coverage(1000, 1000), 3)
+        0.969
+    """
+    i = np.arange(k)
+    return float(1 - np.prod((m - 1 - i) / (n + m - 1 - i)))
+
+
+def vendi(x: Tensor) -> Interval:
+    """The Vendi score: how many samples, each unlike all others, would be as diverse as these.
+
+        exp(-sum_i l_i log l_i),   l_i the eigenvalues of K / n, K_ij = x_i.x_j / |x_i| |x_j|
+
+    1 where all are alike, at most the number of features or of samples. Of few samples it is too small. The interval is
+    over the samples.
+
+    Reference: Friedman & Dieng (2023), definition 3.1.
+
+    Args:
+        x: features, float64, shape (n, D).
+
+    Raises:
+        OptionError: if there are fewer than `BLOCKS` samples.
+
+    Example:
+        >>> round(vendi(torch.eye(3, dtype=torch.float64).repeat(20, 1)).value, 9)
+        3.0
+    """
+    if x.ndim != 2 or len(x) < BLOCKS:
+        raise OptionError(f"received features of shape {tuple(x.shape)}: give (n, D), {BLOCKS} samples at least")
+    tiny = torch.finfo(torch.float64).tiny
+    second = torch.zeros(BLOCKS, x.shape[1], x.shape[1], dtype=torch.float64)
+    for b, rows in enumerate(blocks(len(x), BLOCKS)):
+        unit = x[rows] / x[rows].norm(dim=1, keepdim=True).clamp(min=tiny)
+        second[b] = unit.T @ unit
+    total = second.sum(0)
+
+    def score(moment: Tensor) -> Tensor:
+        eigenvalues = torch.linalg.eigvalsh(moment / moment.trace().clamp(min=tiny)).clamp(min=0)
+        return torch.special.entr(eigenvalues).sum().exp()
+
+    return _jackknife(torch.stack([score(total), *(score(total - part) for part in second)]))
+
+
+def class_balance(labels: Tensor, real: Tensor, *, classes: int, rng: np.random.Generator) -> Interval:
+    """The total variation between the shares of classes among samples and among the data.
+
+        TV = 1/2 sum_c |p_c - q_c|
+
+    The share of samples that would have to change class; 0.2 where two of ten equal classes are left out. The estimate
+    is too large where shares are equal, about (C / pi)^1/2 (1/n + 1/m)^1/2 / 2^1/2 for C equal classes: 0 is in the
+    interval unless TV exceeds what 95% of redrawn shares differ by. Let one classifier tell the labels of both, so that
+    its errors are in both.
+
+    Reference: Devroye & Lugosi (2001), theorem 5.1, for total variation; Efron & Tibshirani (1993), section 6.5, for
+    redrawing.
+
+    Args:
+        labels: of the samples, int64, shape (n,).
+        real: of the data, shape (m,).
+        classes: C.
+        rng: of the redrawn shares.
+
+    Raises:
+        OptionError: if there are no labels, or labels that are no class.
+
+    Example:
+        >>> from ancestral.rng import stream
+        >>> real = torch.arange(1000) % 10
+        >>> round(class_balance(real[real < 8], real, classes=10, rng=stream(0)).value, 9)
+        0.2
+    """
+    shares = []
+    for each in (labels, real):
+        if len(each) == 0 or int(each.min()) < 0 or int(each.max()) >= classes:
+            raise OptionError(f"received {len(each)} labels: give at least one, from 0 to {classes - 1}")
+        shares.append(torch.bincount(each, minlength=classes).double().numpy() / len(each))
+    sizes = (len(labels), len(real))
+    p, q = shares
+    value = float(np.abs(p - q).sum() / 2)
+    noise_p, noise_q = (
+        rng.multinomial(n, share, size=DRAWS) / n - share for n, share in zip(sizes, shares, strict=True)
+    )
+    reach = float(np.quantile(np.abs(noise_p - noise_q).sum(1) / 2, LEVEL))
+    sign = np.sign(p - q)
+    variance = sum((share @ sign**2 - (share @ sign) ** 2) / n for n, share in zip(sizes, shares, strict=True))
+    stderr = float(max(variance, 0.0)) ** 0.5 / 2
+    return Interval(value=value, stderr=stderr, low=max(value - reach, 0.0), high=min(value + reach, 1.0))
+
+
+def _left_out(n: int) -> Tensor:
+    """Which of n examples are left out: none, then each of `BLOCKS` blocks, shape (n, 1 + BLOCKS)."""
+    left = torch.zeros(n, BLOCKS + 1, dtype=torch.bool)
+    for b, rows in enumerate(blocks(n, BLOCKS)):
+        left[rows, b + 1] = True
+    return left
+
+
+def _reaches(x: Tensor, k: int) -> Tensor:
+    """The distance of each example to its k-th neighbour: of all, then without each block, shape (n, 1 + BLOCKS)."""
+    reaches, columns = [], blocks(len(x), BLOCKS)
+    for rows, d in by_rows(x, x):
+        d[torch.arange(len(rows)), rows] = torch.inf
+        near = torch.stack([part.topk(k, largest=False).values for part in (d[:, block] for block in columns)], 1)
+        found = [near.flatten(1).kthvalue(k).values]
+        found += [torch.cat([near[:, :b], near[:, b + 1 :]], 1).flatten(1).kthvalue(k).values for b in range(BLOCKS)]
+        reaches.append(torch.stack(found, 1))
+    return torch.cat(reaches)
+
+
+def _jackknife(values: Tensor) -> Interval:
+    """The interval of the first value, from those without each block.
+
+    Reference: Tukey (1958).
+    """
+    less = values[1:].double()
+    stderr = ((BLOCKS - 1) / BLOCKS * (less - less.mean()).square().sum()).sqrt()
+    return around(float(values[0]), float(stderr), BLOCKS - 1)
