@@ -119,7 +119,7 @@ METRICS = {
         "density",
         "Coverage",
         None,
-        "Of how many held-out examples, by five, a sample is within reach: about 1 of real data, and more where samples "
+        "Of how many held-out examples, by five, a sample is within reach: about 1 of real data, more where samples "
         "crowd (Naeem et al. 2020).",
         lambda s: s.near.density,
     ),
