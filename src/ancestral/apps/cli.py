@@ -34,6 +34,13 @@ Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
 Ema = Annotated[
     float | None, typer.Option(help="Length of the average of the weights, relative to the run, made from snapshots.")
 ]
+Features = Annotated[
+    str | None,
+    typer.Option(
+        help="In which samples are compared: encoder, trained on the data (the default for images), pixels, pca, or "
+        "onnx:PATH."
+    ),
+]
 LATENTS = 10_000  # of training examples, at most, to which a mixture is fitted
 FAMILIES = ("diffusion", "vae", "flow", "gan")
 LIKELIHOODS = ("bound", "all-steps", "limit", "ode", "both")
@@ -261,8 +268,11 @@ def evaluate(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=0, help="That are compared with data: 1,000, or 256 of a diffusion model; 0 for none."),
+        typer.Option(
+            min=0, help="That are compared with data: 1,000, or 256 of a diffusion model, and 120 at least; 0 for none."
+        ),
     ] = None,
+    features: Features = None,
     seed: Seed = 0,
     as_json: Json = False,
     debug: Debug = False,
@@ -288,6 +298,7 @@ def evaluate(
                 seed=seed,
                 progress=progress.update,
                 samples=samples,
+                features=features,
                 group=group,
             )
             opened = [checkpoint.open_run(run, length) for length in lengths]
@@ -312,7 +323,10 @@ def compare(
     families: Annotated[str, typer.Option(help="Of diffusion, vae, flow and gan, with commas.")] = ",".join(FAMILIES),
     minutes: Annotated[float, typer.Option(min=0.01, help="Of training for each run, on one core.")] = 3.0,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each family.")] = 5,
-    n: Annotated[int, typer.Option("-n", "--n", min=40, help="Samples of each run that are compared, at most.")] = 1000,
+    n: Annotated[
+        int, typer.Option("-n", "--n", min=120, help="Samples of each run that are compared, at most.")
+    ] = 1000,
+    features: Features = None,
     to: Annotated[
         Path | None, typer.Option(help="Directory, which goes on if it is one; by default runs/NAME-compared.")
     ] = None,
@@ -332,6 +346,7 @@ def compare(
                 minutes=minutes,
                 seeds=seeds,
                 n=n,
+                features=features,
                 to=to,
                 argv=["ancestral", *sys.argv[1:]],
                 progress=progress.update,

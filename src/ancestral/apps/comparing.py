@@ -54,6 +54,7 @@ class Plan:
         entries: of each run its directory, its family and its seed.
         minutes: of training for each; None where they are there.
         n: samples of each, at most.
+        features: in which they are compared.
         command: line that makes all of it again.
     """
 
@@ -63,6 +64,7 @@ class Plan:
     entries: tuple[tuple[Path, str, int], ...]
     minutes: float | None
     n: int
+    features: str | None
     command: str
 
     @property
@@ -83,6 +85,7 @@ def plan(
     minutes: float,
     seeds: int,
     n: int,
+    features: str | None,
     to: Path | None,
     argv: Sequence[str],
     progress: Tell | None = None,
@@ -98,7 +101,7 @@ def plan(
     runs = [Path(each) for each in given if (Path(each) / "run.json").is_file()]
     command = shlex.join(argv)
     if runs and len(runs) == len(given):
-        return _finished(runs, n, to, command, progress)
+        return _finished(runs, n, features, to, command, progress)
     if len(given) != 1:
         raise OptionError(f"received {len(given)} things to compare: give one DATA, or run directories only")
     data = load(given[0], progress=progress)
@@ -106,10 +109,12 @@ def plan(
     entries = tuple(
         (where / "runs" / f"{family}-{seed}", family, seed) for seed, family in product(range(seeds), families)
     )
-    return Plan(where, data, given[0], entries, minutes, n, command)
+    return Plan(where, data, given[0], entries, minutes, n, features, command)
 
 
-def _finished(runs: list[Path], n: int, to: Path | None, command: str, progress: Tell | None) -> Plan:
+def _finished(
+    runs: list[Path], n: int, features: str | None, to: Path | None, command: str, progress: Tell | None
+) -> Plan:
     """Runs that are there: those of one recipe are seeds of one row."""
     if len(runs) < 2:
         raise OptionError(f"received one run, {runs[0]}: give another to compare it with, or DATA to train on")
@@ -121,7 +126,7 @@ def _finished(runs: list[Path], n: int, to: Path | None, command: str, progress:
         (run, saved.setup.recipe, json.loads((run / "run.json").read_bytes())["seed"])
         for run, saved in zip(runs, opened, strict=True)
     )
-    return Plan(to or Path("runs") / f"{data.facts.name}-compared", data, None, entries, None, n, command)
+    return Plan(to or Path("runs") / f"{data.facts.name}-compared", data, None, entries, None, n, features, command)
 
 
 def compare(planned: Plan, progress: Tell, note: Callable[[str], None]) -> Contest:
@@ -137,7 +142,7 @@ def compare(planned: Plan, progress: Tell, note: Callable[[str], None]) -> Conte
     """
     planned.where.mkdir(parents=True, exist_ok=True)
     failed = train(planned, progress, note) if planned.minutes is not None else {}
-    bench = Bench(planned.data, n=planned.n)
+    bench = Bench(planned.data, n=planned.n, features=planned.features)
     entrants = []
     for i, (run, family, seed) in enumerate(planned.entries):
         entrants.append(_entrant(planned, bench, run, family, seed, failed.get(run), progress))
@@ -172,8 +177,9 @@ def train(planned: Plan, progress: Tell, note: Callable[[str], None]) -> dict[Pa
 
     Each is a command of its own on one core, so all have the same clock and the same share of the machine.
     """
-    waiting, working, failed = list(planned.entries), dict[Path, subprocess.Popen[bytes]](), dict[Path, str]()
-    began, done = time.monotonic(), 0
+    waiting = [entry for entry in planned.entries if not _ended(entry[0], planned)]
+    working, failed = dict[Path, subprocess.Popen[bytes]](), dict[Path, str]()
+    began, done = time.monotonic(), len(planned.entries) - len(waiting)
     (planned.where / "runs").mkdir(exist_ok=True)
     try:
         while waiting or working:
@@ -198,6 +204,15 @@ def train(planned: Plan, progress: Tell, note: Callable[[str], None]) -> dict[Pa
         for process in working.values():
             process.wait()
     return failed
+
+
+def _ended(run: Path, planned: Plan) -> bool:
+    """Whether a run is there that was trained to its end for as long as is asked for."""
+    try:
+        record, setup = (json.loads((run / name).read_bytes()) for name in ("run.json", "config.json"))
+        return bool(record["status"] == "finished" and setup["training"]["minutes"] == planned.minutes)
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
 
 
 def _started(planned: Plan, run: Path, family: str, seed: int) -> "subprocess.Popen[bytes]":

@@ -19,9 +19,8 @@ from ancestral.gan.model import GAN
 from ancestral.measure import chain, flow
 from ancestral.measure.evaluate import evaluate
 from ancestral.measure.measured import Measured
-from ancestral.measure.metrics.distances import BLOCKS
 from ancestral.measure.modes import apart, modes
-from ancestral.measure.quality import SAMPLES, Bench
+from ancestral.measure.quality import ENOUGH, SAMPLES, Bench
 from ancestral.measure.record import Averaged, Comparison, Evaluation, OdeLikelihood, RoundTrip, Samples
 from ancestral.training import checkpoint, durable
 from ancestral.training.checkpoint import Saved
@@ -47,6 +46,7 @@ class Question:
         seed: of the noise.
         progress: told (what, done, of).
         samples: that are compared with data, at most; 0 for none.
+        features: in which they are.
         group: the processes that measure together.
     """
 
@@ -59,6 +59,7 @@ class Question:
     seed: int
     progress: Callable[[str, int, int], None]
     samples: int | None
+    features: str | None
     group: Processes
 
     def asked(self, saved: Saved, examples: Data, like: Measured | None = None) -> Measured:
@@ -188,8 +189,8 @@ def _of_samples(model: Model, examples: Data, question: Question) -> dict[str, A
     walks = isinstance(model, Diffusion)
     n = question.samples if question.samples is not None else WALKED if walks else SAMPLES
     found: dict[str, Any] = {}
-    if n and len(examples.held_out) >= 2 * BLOCKS <= 2 * len(examples.train):
-        bench, parts, began = Bench(examples, n=n), list[Tensor](), time.perf_counter()
+    if n and min(len(examples.held_out) // 2, len(examples.train)) >= ENOUGH:
+        bench, parts, began = Bench(examples, n=n, features=question.features), list[Tensor](), time.perf_counter()
         for start in range(0, bench.n, AT_ONCE):
             parts.append(model.sample(min(AT_ONCE, bench.n - start), rng=question.seed, start=start).cpu())
             question.progress("drawing samples", start + len(parts[-1]), bench.n)

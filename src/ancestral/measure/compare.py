@@ -173,7 +173,7 @@ def _looks(run: Path, bench: Bench, progress: Callable[[str, int, int], None] | 
             drawn = checkpoint.load(path).sample(min(FEW, bench.n), rng=1)
             found.append((path, Look(step=step, energy=bench.aside(drawn))))
         if progress:
-            progress("looking at checkpoints", i + 1, len(kept))
+            progress(f"looking at checkpoints of {run.name}", i + 1, len(kept))
     return found
 
 

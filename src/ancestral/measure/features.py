@@ -2,7 +2,7 @@
 
     pixels       the values themselves, in the model's units
     pca          principal components of the training split, 64 at most
-    encoder      what a small network sees that was trained on the training split: see `encoder`
+    encoder      what a small network sees that was trained on the training split, standardised over it: see `encoder`
     onnx:PATH    the first output of a network in a file, which is given examples in the model's units
 
 A distance means little without the features it was measured in and the number of samples, so both are part of how it
@@ -158,11 +158,18 @@ def _encoder(data: Data, seed: int, folder: Path | None) -> Features:
     network = encoder.trained(data, seed=seed, folder=folder)
     tensors = {f"body.{name}": tensor for name, tensor in network.body.state_dict().items()}
     tensors |= {f"head.{name}": tensor for name, tensor in network.head.state_dict().items()}
+    with torch.no_grad():
+        x = data.facts.scale.forward(data.train[:: -(-len(data.train) // FITTED)])
+        seen = torch.cat([network.body(part) for part in torch.split(x, AT_ONCE)])
+    mean, deviation = seen.mean(0), seen.std(0).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def compute(x: Tensor) -> Tensor:
+        return (network.body(x) - mean) / deviation
 
     def classify(x: Tensor) -> Tensor:
         return network.head(network.body(x)).argmax(1)
 
-    return _made("encoder", data, tensors, network.body, classify if network.labelled else None)
+    return _made("encoder", data, tensors, compute, classify if network.labelled else None)
 
 
 def _onnx(data: Data, path: Path) -> Features:

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from ancestral.data import Data
 from ancestral.errors import DataError
+from ancestral.measure.features import named
 from ancestral.measure.metrics import copying, coverage, distances, twosample
 from ancestral.measure.metrics.intervals import around
 from ancestral.measure.record import Interval
 from ancestral.rng import stream
 
-SAMPLES = 1000
-"""Examples in each set, at most."""
+SAMPLES, ENOUGH = 1000, 120
+"""Examples in each set, at most by default, and at least."""
 
 Better = Literal["less", "more"]
 Standing = dict[str, Interval]
@@ -29,24 +30,26 @@ Standing = dict[str, Interval]
 
 @dataclass(frozen=True, eq=False)
 class Sets:
-    """What samples are held against, in the model's units as vectors and as features of them, float64, shape (n, D).
+    """Samples and what they are held against, float64, shape (n, D).
 
     Attributes:
-        x: samples.
+        x: samples, in the model's units.
         held_out: examples that were never learnt from.
         training: examples that were.
-        features: of each of the three.
+        features: of samples and of held-out examples.
+        labels: that the features' network tells of both, if it tells classes.
     """
 
     x: Tensor
     held_out: Tensor
     training: Tensor
-    features: tuple[Tensor, Tensor, Tensor]
+    features: tuple[Tensor, Tensor]
+    labels: tuple[Tensor, Tensor] | None
 
     @cached_property
     def near(self) -> coverage.Neighbourhoods:
         """Samples and held-out examples by whose neighbours they are."""
-        return coverage.neighbourhoods(*self.features[:2])
+        return coverage.neighbourhoods(*self.features)
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,22 @@ class Metric:
         group: what it is about: "Distance", "Coverage" or "Memorisation".
         better: which way it is better, or None where it is to be read beside those of real data.
         says: its definition, in a sentence.
-        of: from the sets.
+        of: from the sets; None of sets that cannot be asked.
     """
 
     label: str
     group: str
     better: Better | None
     says: str
-    of: Callable[[Sets], Interval]
+    of: Callable[[Sets], Interval | None]
+
+
+def _balance(sets: Sets) -> Interval | None:
+    if sets.labels is None:
+        return None
+    labels, real = sets.labels
+    classes = 1 + int(torch.cat(sets.labels).max())
+    return coverage.class_balance(labels, real, classes=classes, rng=stream(0))
 
 
 METRICS = {
@@ -75,7 +86,7 @@ METRICS = {
         "less",
         "2 E|X - Y| - E|X - X'| - E|Y - Y'| between samples and held-out examples, unbiased: 0 in expectation where "
         "the laws are one (Székely & Rizzo 2013).",
-        lambda s: distances.energy(*s.features[:2]),
+        lambda s: distances.energy(*s.features),
     ),
     "frechet": Metric(
         "FD∞",
@@ -83,21 +94,21 @@ METRICS = {
         "less",
         "The squared Fréchet distance between Gaussians of the same mean and covariance, extrapolated to infinitely "
         "many samples (Heusel et al. 2017; Chong & Forsyth 2020).",
-        lambda s: distances.frechet_extrapolated(*s.features[:2]),
+        lambda s: distances.frechet_extrapolated(*s.features),
     ),
     "kid": Metric(
         "KID",
         "Distance",
         "less",
         "The squared mean discrepancy with the kernel (a.b / D + 1)^3, unbiased (Bińkowski et al. 2018).",
-        lambda s: distances.kid(*s.features[:2]),
+        lambda s: distances.kid(*s.features),
     ),
     "sliced": Metric(
         "sliced Wasserstein²",
         "Distance",
         "less",
         "The squared 2-Wasserstein distance of projections, averaged over 128 directions, without its noise.",
-        lambda s: distances.sliced(*s.features[:2], rng=stream(0)),
+        lambda s: distances.sliced(*s.features, rng=stream(0)),
     ),
     "told-apart": Metric(
         "told from data",
@@ -105,7 +116,7 @@ METRICS = {
         "less",
         "How often a classifier that was fitted on half of samples and held-out examples is right on the other half: "
         "1/2 where it cannot tell (Lopez-Paz & Oquab 2017).",
-        lambda s: twosample.classifier(*s.features[:2], rng=stream(0)).statistic,
+        lambda s: twosample.classifier(*s.features, rng=stream(0)).statistic,
     ),
     "precision": Metric(
         "precision",
@@ -144,6 +155,14 @@ METRICS = {
         "How many samples, each unlike all others, would be as diverse as these (Friedman & Dieng 2023).",
         lambda s: coverage.vendi(s.features[0]),
     ),
+    "classes": Metric(
+        "classes out of balance",
+        "Coverage",
+        "less",
+        "The total variation between the shares of classes among samples and among held-out examples, both as the "
+        "features' network tells them: the share of samples that would have to be of another class.",
+        _balance,
+    ),
     "copied": Metric(
         "nearer to training data",
         "Memorisation",
@@ -177,10 +196,13 @@ class Bench:
     Args:
         data: whose held-out split is divided in two: what is compared with, and what stands in the samples' place.
         n: examples in each set, at most; half of the held-out examples at most.
+        features: in which distances are measured, a name as `features.named` knows it: by default "encoder" of images
+            and the values of anything else. Copying is seen in the model's units.
         seed: of the choice of examples.
 
     Raises:
         DataError: if there are too few examples.
+        OptionError: if there are no such features.
 
     Example:
         >>> from ancestral.data import load
@@ -189,33 +211,39 @@ class Bench:
         (160, 1.0)
     """
 
-    def __init__(self, data: Data, *, n: int = SAMPLES, seed: int = 0) -> None:
+    def __init__(self, data: Data, *, n: int = SAMPLES, features: str | None = None, seed: int = 0) -> None:
         self.data, self.n = data, min(n, len(data.held_out) // 2, len(data.train))
-        if self.n < distances.BLOCKS:
+        if self.n < ENOUGH:
             raise DataError(
-                f"{data.facts.name}: comparing samples takes {2 * distances.BLOCKS} held-out examples and "
-                f"{distances.BLOCKS} to learn from, and there are {len(data.held_out)} and {len(data.train)}"
+                f"{data.facts.name}: comparing samples takes {ENOUGH} of them, {2 * ENOUGH} held-out examples and "
+                f"{ENOUGH} to learn from; received {n}, {len(data.held_out)} and {len(data.train)}"
             )
         order = torch.from_numpy(stream(seed, 1).permutation(len(data.held_out)))
         learnt = torch.from_numpy(stream(seed, 2).permutation(len(data.train)))
-        self._other = data.held_out[order[self.n : 2 * self.n]]
+        self._against, self._other = data.held_out[order[: self.n]], data.held_out[order[self.n : 2 * self.n]]
         self._training = data.train[learnt[: self.n]]
-        self._held_out = self._vectors(data.held_out[order[: self.n]])
+        self._features = named(features or ("encoder" if data.facts.is_image else "pixels"), data)
 
     @property
     def features(self) -> str:
-        """What distances are measured in."""
-        return "pixels" if self.data.facts.is_image else "values"
+        """What distances are measured in, with the hash of what computes it."""
+        return self._features.name
 
     def of(self, samples: Tensor) -> Standing:
         """Every number about n samples in the user's units."""
-        x, training = self._vectors(samples), self._vectors(self._training)
-        sets = Sets(x, self._held_out, training, (x, self._held_out, training))
-        return {name: metric.of(sets) for name, metric in METRICS.items()}
+        features, against = self._features, self._against
+        sets = Sets(
+            x=self._vectors(samples),
+            held_out=self._vectors(against),
+            training=self._vectors(self._training),
+            features=(features(samples), features(against)),
+            labels=(features.labels(samples), features.labels(against)) if features.classify else None,
+        )
+        return {name: found for name, metric in METRICS.items() if (found := metric.of(sets))}
 
     def aside(self, samples: Tensor) -> Interval:
         """The energy distance from examples that no other number is made with, to choose between models by."""
-        return distances.energy(self._vectors(samples), self._vectors(self._other))
+        return distances.energy(self._features(samples), self._features(self._other))
 
     @cached_property
     def held_out(self) -> Standing:

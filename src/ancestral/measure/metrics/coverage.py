@@ -87,10 +87,10 @@ def neighbourhoods(x: Tensor, y: Tensor, *, k: int = 5) -> Neighbourhoods:
                 closest[:, t] = torch.minimum(closest[:, t], d[keep].min(0).values)
     n, m = (~left_x).sum(0).double(), (~left_y).sum(0).double()
     return Neighbourhoods(
-        precision=_jackknife(inside / n),
-        recall=_jackknife((reached & ~left_y).sum(0) / m),
+        precision=_share(inside / n),
+        recall=_share((reached & ~left_y).sum(0) / m),
         density=_jackknife(held / (k * n)),
-        coverage=_jackknife(((closest <= reach_y) & ~left_y).sum(0) / m),
+        coverage=_share(((closest <= reach_y) & ~left_y).sum(0) / m),
     )
 
 
@@ -219,3 +219,9 @@ def _jackknife(values: Tensor) -> Interval:
     less = values[1:].double()
     stderr = ((BLOCKS - 1) / BLOCKS * (less - less.mean()).square().sum()).sqrt()
     return around(float(values[0]), float(stderr), BLOCKS - 1)
+
+
+def _share(values: Tensor) -> Interval:
+    """The same of what is between 0 and 1."""
+    found = _jackknife(values)
+    return found.model_copy(update={"low": max(found.low, 0.0), "high": min(found.high, 1.0)})
