@@ -123,7 +123,7 @@ def vectors(facts: Facts) -> Setup:
         process=ProcessSection(schedule="log-linear", options={"log_snr_max": 10.0}),
         diffusion=plain(facts),
         mlp=MLPSection(width=128) if few else MLPSection(width=256, octaves=0),
-        training=TrainingSection(steps=2000, batch=2048, rate=3e-3)
+        training=TrainingSection(steps=4000, batch=2048, rate=3e-3)
         if few
         else TrainingSection(minutes=1.0, batch=512, rate=1e-3),
     )
