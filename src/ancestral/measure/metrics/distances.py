@@ -8,6 +8,7 @@
 Every interval is over both sets, and `intervals.of_pairs` says how it is made.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -274,13 +275,17 @@ def _quantiles(x: Tensor, u: Tensor) -> Tensor:
 def _sums(kernel: Kernel, x: Tensor, y: Tensor | None = None) -> Tensor:
     """The kernel summed over every pair of blocks, shape (BLOCKS, BLOCKS); of x alone, without each with itself."""
     others = x if y is None else y
-    sums = torch.zeros(BLOCKS, BLOCKS, dtype=torch.float64)
     of_x, of_others = _blocks(len(x)), _blocks(len(others))
-    for rows in torch.split(torch.arange(len(x)), max(1, AT_ONCE // len(others))):
-        k = kernel(x[rows], others)
-        if y is None:
-            k[torch.arange(len(rows)), rows] = 0
-        sums += of_x[rows].T @ k @ of_others
+    sums = torch.zeros(BLOCKS, BLOCKS, dtype=torch.float64)
+    side = math.isqrt(AT_ONCE)
+    for top in range(0, len(x), side):
+        for left in range(top if y is None else 0, len(others), side):
+            rows, columns = slice(top, top + side), slice(left, left + side)
+            k = kernel(x[rows], others[columns])
+            if y is None and top == left:
+                k.fill_diagonal_(0)
+            part = of_x[rows].T @ k @ of_others[columns]
+            sums += part + part.T if y is None and top < left else part
     return sums
 
 

@@ -10,6 +10,9 @@ from ancestral.errors import OptionError
 AT_ONCE = 2**22
 """Numbers in each piece of work, 32 MiB in float64."""
 
+ROWS = 256
+"""At a time, at least: fewer would not be worth what all of the other set costs to read."""
+
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
     """The Euclidean distance of each of a to each of b, about the first of b so that a common offset costs no digits.
@@ -40,7 +43,7 @@ def by_rows(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise OptionError(f"received features of shape {tuple(x.shape)} and {tuple(y.shape)}: give (n, D) and (m, D)")
-    for rows in torch.split(torch.arange(len(x)), max(1, AT_ONCE // max(len(y), x.shape[1]))):
+    for rows in torch.split(torch.arange(len(x)), max(ROWS, AT_ONCE // max(len(y), x.shape[1]))):
         yield rows, distance(x[rows], y)
 
 
