@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ancestral import toys
 from ancestral.apps import figures, output
-from ancestral.data import Data
+from ancestral.data import Data, draw
 from ancestral.diffusion.model import STEPS, Diffusion
 from ancestral.errors import OptionError
 from ancestral.flow.model import Flow
@@ -26,6 +26,9 @@ from ancestral.training import checkpoint, durable
 from ancestral.training.checkpoint import Saved
 from ancestral.training.processes import Processes
 from ancestral.training.recipes import Model
+
+PAIRS = 24
+"""Samples that are shown beside the training examples nearest to them."""
 
 AT_ONCE, WALKED, DRAWN, INVERTED = 64, 256, 10_000, 256
 """Samples that are drawn at a time, those of a diffusion model that are compared by default, those of others whose
@@ -177,15 +180,17 @@ def evaluation(
         comparison=comparison,
         ema=averages if sweep else None,
         **(whole.record() if whole else {}),
-        **_of_samples(saved.model, examples, question),
+        **_of_samples(saved.model, examples, question, folder, artifacts),
         **_of_inverse(saved.model, examples),
     )
     durable.write_json(folder / "evaluation.json", result.model_dump(mode="json", exclude_none=True))
     return result
 
 
-def _of_samples(model: Model, examples: Data, question: Question) -> dict[str, Any]:
-    """How samples stand to data, and which modes they reach, of a model that draws at once."""
+def _of_samples(
+    model: Model, examples: Data, question: Question, folder: Path, artifacts: dict[str, str]
+) -> dict[str, Any]:
+    """How samples stand to data, with a picture of what may be copies, and which modes are reached, if it is known."""
     walks = isinstance(model, Diffusion)
     n = question.samples if question.samples is not None else WALKED if walks else SAMPLES
     found: dict[str, Any] = {}
@@ -194,11 +199,16 @@ def _of_samples(model: Model, examples: Data, question: Question) -> dict[str, A
         for start in range(0, bench.n, AT_ONCE):
             parts.append(model.sample(min(AT_ONCE, bench.n - start), rng=question.seed, start=start).cpu())
             question.progress("drawing samples", start + len(parts[-1]), bench.n)
+        drawn = torch.cat(parts)
+        if examples.facts.is_image:
+            artifacts["nearest"] = str(folder / "nearest.png")
+            picture = draw.grid(examples.facts, bench.suspects(drawn, PAIRS), columns=8)
+            draw.save_png(picture, folder / "nearest.png", {"pairs": "sample, training example"})
         found["samples"] = Samples(
             n=bench.n,
             features=bench.features,
             rate=bench.n / (time.perf_counter() - began),
-            model=bench.of(torch.cat(parts)),
+            model=bench.of(drawn),
             held_out=bench.held_out,
             training=bench.training,
             evaluations=STEPS if walks else 1,

@@ -17,12 +17,15 @@ from ancestral.data import Data
 from ancestral.errors import DataError
 from ancestral.measure.features import named
 from ancestral.measure.metrics import copying, coverage, distances, twosample
-from ancestral.measure.metrics.intervals import around
+from ancestral.measure.metrics.intervals import around, share
 from ancestral.measure.record import Interval
 from ancestral.rng import stream
 
 SAMPLES, ENOUGH = 1000, 120
 """Examples in each set, at most by default, and at least."""
+
+LEARNT = 10_000
+"""Training examples among which pairs are looked for, at most."""
 
 Better = Literal["less", "more"]
 Standing = dict[str, Interval]
@@ -33,6 +36,8 @@ class Sets:
     """Samples and what they are held against, float64, shape (n, D).
 
     Attributes:
+        raw: samples as they are, shape (n, *shape).
+        learnt: all training examples as they are.
         x: samples, in the model's units.
         held_out: examples that were never learnt from.
         training: examples that were.
@@ -40,6 +45,8 @@ class Sets:
         labels: that the features' network tells of both, if it tells classes.
     """
 
+    raw: Tensor
+    learnt: Tensor
     x: Tensor
     held_out: Tensor
     training: Tensor
@@ -163,6 +170,13 @@ METRICS = {
         "features' network tells them: the share of samples that would have to be of another class.",
         _balance,
     ),
+    "duplicates": Metric(
+        "exact copies",
+        "Memorisation",
+        None,
+        "The share of samples that equal a training example in every value.",
+        lambda s: share(len(copying.duplicates(s.raw, s.learnt)), len(s.raw)),
+    ),
     "copied": Metric(
         "nearer to training data",
         "Memorisation",
@@ -233,6 +247,8 @@ class Bench:
         """Every number about n samples in the user's units."""
         features, against = self._features, self._against
         sets = Sets(
+            raw=samples,
+            learnt=self.data.train,
             x=self._vectors(samples),
             held_out=self._vectors(against),
             training=self._vectors(self._training),
@@ -244,6 +260,12 @@ class Bench:
     def aside(self, samples: Tensor) -> Interval:
         """The energy distance from examples that no other number is made with, to choose between models by."""
         return distances.energy(self._features(samples), self._features(self._other))
+
+    def suspects(self, samples: Tensor, k: int) -> Tensor:
+        """The k samples nearest to any of `LEARNT` training examples, each followed by that one, (2 k, *shape)."""
+        learnt = self.data.train[:: -(-len(self.data.train) // LEARNT)]
+        pairs = copying.suspects(self._vectors(samples), self._vectors(learnt), k=k)
+        return torch.stack([samples[pairs.samples], learnt[pairs.training]], 1).flatten(0, 1)
 
     @cached_property
     def held_out(self) -> Standing:
