@@ -25,6 +25,12 @@ def test_the_python_about_the_families_runs_as_printed(tmp_path, monkeypatch):
     exec(compile(code, "families.md", "exec"), {})
 
 
+def test_the_python_about_metrics_runs_as_printed(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "metrics.md").read_text(), re.DOTALL)
+    exec(compile(code, "metrics.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("FD[digits-pca@")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_and_picture_is_there(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):

@@ -101,7 +101,7 @@ METRICS = {
         "less",
         "The squared Fréchet distance between Gaussians of the same mean and covariance, extrapolated to infinitely "
         "many samples (Heusel et al. 2017; Chong & Forsyth 2020).",
-        lambda s: distances.frechet_extrapolated(*s.features),
+        lambda s: distances.frechet_extrapolated(*s.features) if len(s.x) >= 2 * s.features[0].shape[1] else None,
     ),
     "kid": Metric(
         "KID",

@@ -132,9 +132,8 @@ def of_pairs(H: Tensor, value: float | None = None) -> Interval:
     and 0 is in it exactly where |U| <= z_0 V_0^1/2. The bound on c is that of the first eigenvalue of the covariance of
     f by the root of the sum of their squares. The jackknife, which counts V_0 twice, would hold 0 too often.
 
-    It holds the truth as often as it should where the laws are one and where they are clearly apart. In between, at
-    theta of about one standard error, U is skewed, and where f varies along one direction only, such as for vectors of
-    one feature, about 85 in 100 intervals hold it.
+    It holds the truth as often as it should where the laws are one and where they are clearly apart. In between it may
+    be 92 in 100, and 85 where f varies along one direction only, as for vectors of one feature, since U is skewed.
 
     Reference: Hoeffding (1948), section 5, for the variance of a U-statistic; Efron & Stein (1981) for the jackknife;
     Wilson (1927) for an interval whose variance is that of the parameter and not of the estimate.
