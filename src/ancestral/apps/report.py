@@ -30,7 +30,7 @@ GROUPS = {
 """What samples are asked, as `quality.Metric.group` says it."""
 
 FOUND = {"held-out data": BLUE, "training data": GREY}
-MARKS = {"best": "best", "no difference": "no difference from {best} at this N", "worse": ""}
+MARKS = {"best": "best", "no difference": "no difference at this N", "worse": ""}
 
 STYLE = """
 :root { color-scheme: light; --ink: #1d2733; --muted: #55606b; --faint: #dfe4e8; --blue: #1f4e79; --paper: #fff; }
@@ -45,12 +45,13 @@ nav a { display: inline-block; margin: 0 1rem .3rem 0; }
 code { font: .9em ui-monospace, monospace; overflow-wrap: anywhere; background: #f3f5f7; padding: .1em .3em; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .8rem 0; }
-caption { text-align: left; color: var(--muted); padding-bottom: .4rem; }
 th, td { text-align: right; padding: .35rem .7rem; border-bottom: 1px solid var(--faint); vertical-align: top; }
-th[scope=row], th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
+th[scope=row], td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper);
+  max-width: 9rem; font-weight: 500; }
 thead th { vertical-align: bottom; }
-td small { display: block; color: var(--muted); white-space: nowrap; }
-tr.real th, tr.real td { color: var(--muted); }
+td small { display: block; color: var(--muted); }
+.interval { white-space: nowrap; }
+td.real { color: var(--muted); }
 .best { font-weight: 650; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr)); gap: 1rem; }
 figure { margin: 0; }
@@ -125,21 +126,26 @@ def title(name: str, result: Contest) -> str:
 
 def _glance(result: Contest) -> str:
     names = [name for name in ("likelihood", *METRICS, "rate") if _with(result, name)]
-    head = "".join(f'<th scope="col">{escape(title(name, result))}</th>' for name in names)
+    heads = [f"{escape(row.family)}{_failed(row)}" for row in result.rows]
     rows = "".join(
-        f'<tr><th scope="row">{escape(row.family)}{_failed(row)}</th>{"".join(_cell(row, name) for name in names)}</tr>'
-        for row in result.rows
-    )
-    for label, standing in (("held-out data", result.held_out), ("training data", result.training)):
-        cells = "".join(_plain(standing.get(name)) for name in names)
-        rows += f'<tr class="real"><th scope="row">{label}</th>{cells}</tr>'
-    caption = (
-        "Held-out data in the samples' place is what good looks like, training data in their place what copying looks "
-        "like. “No difference” means that the interval of the difference from the best holds zero."
+        f'<tr><th scope="row">{escape(title(name, result))}</th>{"".join(_cell(row, name) for row in result.rows)}'
+        + "".join(_plain(standing.get(name), "real") for standing in (result.held_out, result.training))
+        + "</tr>"
+        for name in names
     )
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="Table of all numbers"><table><caption>{caption}'
-        f"</caption><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        "<p>Held-out data in the samples' place is what good looks like, training data in their place what copying "
+        "looks like. “No difference” means that the interval of the difference from the best holds zero.</p>"
+        + _table("Every number, by family", [*heads, "held-out data", "training data"], rows)
+    )
+
+
+def _table(label: str, heads: Sequence[str], rows: str) -> str:
+    """A table that is scrolled by itself where it is wider than the page; its first column stays."""
+    head = "".join(f'<th scope="col">{each}</th>' for each in heads)
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{label}">'
+        f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
@@ -147,18 +153,18 @@ def _cell(row: Row, name: str) -> str:
     found, verdict = row.numbers.get(name), row.verdicts.get(name)
     if found is None:
         return "<td>none</td>" if name == "likelihood" else "<td></td>"
-    word = "" if verdict is None else MARKS[verdict.word].format(best=verdict.best)
+    word = "" if verdict is None else MARKS[verdict.word]
     kind = ' class="best"' if verdict and verdict.word == "best" else ""
     return f"<td{kind}>{_split(found)}{f'<small>{escape(word)}</small>' if word else ''}</td>"
 
 
-def _plain(found: Interval | None) -> str:
-    return "<td></td>" if found is None else f"<td>{_split(found)}</td>"
+def _plain(found: Interval | None, kind: str = "") -> str:
+    return f'<td class="{kind}">{"" if found is None else _split(found)}</td>'
 
 
 def _split(found: Interval) -> str:
     value, rest = number(found).split(" ", 1)
-    return f"{value}<small>{rest[1:-1]}</small>"
+    return f'{value}<small class="interval">{rest[1:-1]}</small>'
 
 
 def _failed(row: Row) -> str:
@@ -184,20 +190,15 @@ def _likelihood(result: Contest) -> str:
 
 def _stability(result: Contest) -> str:
     names = [name for name in ("likelihood", *METRICS) if any(name in row.between for row in result.rows)]
-    if not names:
-        return "<p>One seed says nothing of it: more are asked for with <code>--seeds</code>.</p>"
-    head = "".join(f'<th scope="col">{escape(title(name, result))}</th>' for name in names)
-    rows = "".join(
-        f'<tr><th scope="row">{escape(row.family)}</th><td>{row.failed} of {row.runs}</td>'
-        + "".join(f"<td>{row.between[name]:.2g}</td>" if name in row.between else "<td></td>" for name in names)
+    failed = "".join(f"<td>{row.failed} of {row.runs}</td>" for row in result.rows)
+    rows = f'<tr><th scope="row">runs that failed</th>{failed}</tr>' + "".join(
+        f'<tr><th scope="row">{escape(title(name, result))}</th>'
+        + "".join(f"<td>{row.between[name]:.2g}</td>" if name in row.between else "<td></td>" for row in result.rows)
         + "</tr>"
-        for row in result.rows
+        for name in names
     )
-    return (
-        '<div class="wide" tabindex="0" role="region" aria-label="Deviation between seeds"><table><caption>Standard '
-        "deviation between seeds, and runs that did not end in a model.</caption>"
-        f'<thead><tr><th></th><th scope="col">failed</th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-    )
+    says = "Standard deviation between seeds." if names else "One seed says nothing of it: --seeds asks for more."
+    return f"<p>{says}</p>" + _table("Deviation between seeds", [escape(row.family) for row in result.rows], rows)
 
 
 def _cost(result: Contest) -> str:
@@ -207,7 +208,6 @@ def _cost(result: Contest) -> str:
         for row in result.rows
     )
     heads = ("minutes of training", "parameters", "evaluations of the network a sample", "samples a second")
-    head = "".join(f'<th scope="col">{each}</th>' for each in heads)
     commands = "".join(
         f"<li><code>ancestral evaluate {escape(each.run)}</code>"
         + (f": failed, {escape(each.failed)}" if each.failed else "")
@@ -215,9 +215,9 @@ def _cost(result: Contest) -> str:
         for each in result.entrants
     )
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="Cost"><table><caption>Means over seeds.</caption>'
-        f"<thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        f"<p>The runs, and what measures each again:</p><ul>{commands}</ul>"
+        "<p>Means over seeds.</p>"
+        + _table("Cost", heads, rows)
+        + f"<p>The runs, and what measures each again:</p><ul>{commands}</ul>"
     )
 
 
@@ -232,7 +232,8 @@ def _definitions(result: Contest) -> str:
 
 def forest(result: Contest, names: Sequence[str]) -> "Figure":
     """One panel for each number: the mean of every family with its interval, its seeds, and real data beside them."""
-    labels = [row.family for row in result.rows] + list(FOUND)
+    real = [label for label, standing in _real(result).items() if any(name in standing for name in names)]
+    labels = [row.family for row in result.rows if any(name in row.numbers for name in names)] + real
     columns = min(2, len(names))
     figure, panels = _panels(columns, -(-len(names) // columns), 0.35 * len(labels) + 1.0)
     for axes, name in zip(panels, names, strict=False):
@@ -249,7 +250,7 @@ def forest(result: Contest, names: Sequence[str]) -> "Figure":
 
 def _row(axes: "Axes", result: Contest, name: str, label: str, y: float) -> None:
     if label in FOUND:
-        found = (result.held_out if label == "held-out data" else result.training).get(name)
+        found = _real(result)[label].get(name)
         seeds, colour = list[float](), FOUND[label]
     else:
         row = next(each for each in result.rows if each.family == label)
@@ -260,6 +261,10 @@ def _row(axes: "Axes", result: Contest, name: str, label: str, y: float) -> None
     axes.plot(seeds, [y + 0.22] * len(seeds), "|", color=GREY, markersize=6)
     axes.plot([found.low, found.high], [y, y], color=colour, linewidth=2)
     axes.plot([found.value], [y], "o", color=colour, markersize=6)
+
+
+def _real(result: Contest) -> dict[str, Mapping[str, Interval]]:
+    return {"held-out data": result.held_out, "training data": result.training}
 
 
 def speed(result: Contest) -> "Figure":
