@@ -425,10 +425,10 @@ class TestSources:
         assert "cannot be opened" in refusal("a" * 5000)
 
     def test_files_of_other_kinds_are_refused(self, tmp_path, untouched):
-        (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+        (tmp_path / "table.xlsx").write_text("a,b\n1,2\n")
         good(tmp_path / "set", 1)
         untouched()
-        assert "table.csv: not a kind of file that is read" in refusal(tmp_path / "table.csv")
+        assert "table.xlsx: not a kind of file that is read" in refusal(tmp_path / "table.xlsx")
         assert "good-0.png: is one image" in refusal(tmp_path / "set" / "good-0.png")
 
     def test_options_outside_their_range_are_refused(self):

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="ancestral",
     help="Train, sample and measure generative models.\n\n"
-    "DATA is 'digits', a toy (ring-8, swiss-roll, ...), or a path: a folder or zip of images, IDX, .npy or .npz.",
+    "DATA is 'digits', a toy (ring-8, swiss-roll, ...), or a path: a folder or zip of images, a table (.csv), "
+    "IDX, .npy or .npz.",
     epilog="Start with:  ancestral train digits",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -66,7 +66,8 @@ class Examples:
         labels: index into `classes` of each example, or None.
         classes: names of the classes, or None.
         held_out: the source's own split, True where held out; None to divide by content.
-        skipped: files that could not be read.
+        features: names of the features of a vector, or None.
+        skipped: files, or rows of a table, that could not be read.
         notes: what a reader should know.
     """
 
@@ -75,6 +76,7 @@ class Examples:
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] | None = None
     held_out: NDArray[np.bool_] | None = None
+    features: tuple[str, ...] | None = None
     skipped: int = 0
     notes: tuple[str, ...] = ()
 
@@ -146,6 +148,7 @@ def divide(examples: Examples, *, name: str, source: str) -> Data:
         # One unit for all pixels: near a border they hardly vary, and a unit of their own would magnify noise.
         scale=Scale.of_levels(examples.levels) if examples.levels else Scale.of_values(train, shared=is_image(shape)),
         classes=examples.classes,
+        features=examples.features,
         n_train=n_train,
         n_held_out=n_held_out,
         skipped=examples.skipped,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ancestral import toys
-from ancestral.data import arrays
+from ancestral.data import arrays, tables
 from ancestral.data.dataset import Data, Examples, OnBad, Progress, divide, printable
 from ancestral.errors import DataError, OptionError, unknown
 from ancestral.rng import stream
@@ -28,8 +28,9 @@ def load(
 ) -> Data:
     """The data that `source` names, divided into what is learnt from and what is held out.
 
-    A source is "digits", the name of a toy (`ancestral.toys.TOYS`), or a path: a folder or a .zip of images, an .npy
-    or .npz array, an IDX file, or a folder of IDX files under MNIST's names. A path is only ever read. A split of the
+    A source is "digits", the name of a toy (`ancestral.toys.TOYS`), or a path: a folder or a .zip of images, a .csv
+    or .tsv table, an .npy or .npz array, an IDX file, or a folder of IDX files under MNIST's names. A path is only ever
+    read. A split of the
     source's own (folders or arrays called train and test, or val where there is no test) is kept; otherwise about 20%
     of up to 10,000 examples, or 10% of more, are held out by a hash of their content. Names win over paths: write
     "./digits" for a folder called digits.
@@ -38,7 +39,7 @@ def load(
         source: what to load.
         size: side in pixels to crop and resize images to. Without it images of one size stay as they are, and mixed
             sizes become the larger of 32 and 64 that is at most the median shorter side (32 if neither is).
-        on_bad: "skip" files that cannot be read, and say so; or "fail" on the first.
+        on_bad: "skip" files, or rows of a table, that cannot be read, and say so; or "fail" on the first.
         seed: of a toy's draws; nothing else is random.
         progress: called about twice a second with a stage, the files done and the files in all.
 
@@ -103,13 +104,15 @@ def _read(path: Path, size: int | None, on_bad: OnBad, progress: Progress | None
         return arrays.read_npy(path)
     if suffix == ".npz":
         return arrays.read_npz(path)
+    if path.name.lower().endswith(tables.SUFFIXES):
+        return tables.read_table(path, on_bad=on_bad)
     if "idx" in path.name.lower():
         return arrays.read_idx(path)
     if suffix in images.SUFFIXES:
         raise DataError(f"{where}: is one image: give the folder that holds it and others")
     raise DataError(
-        f"{where}: not a kind of file that is read: give a folder or a .zip of images, an .npy or .npz array, "
-        "or IDX files"
+        f"{where}: not a kind of file that is read: give a folder or a .zip of images, a .csv or .tsv table, "
+        "an .npy or .npz array, or IDX files"
     )
 
 
