@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ancestral.data import images, load
+from ancestral.data import archives, images, load
 from ancestral.errors import AncestralError, DataError, OptionError
 
 
@@ -293,14 +293,14 @@ class TestZip:
     @pytest.mark.parametrize(("bound", "words"), [("MAX_MEMBERS", "holds 6 members"), ("MAX_DECLARED", "unpacks to")])
     def test_count_and_declared_size_are_bounded(self, tmp_path, monkeypatch, bound, words):
         path = packed(tmp_path / "a.zip", good(tmp_path / "set"))
-        monkeypatch.setattr(images, bound, 5)
+        monkeypatch.setattr(archives, bound, 5)
         assert words in refusal(path)
 
     def test_a_huge_member_is_not_unpacked(self, tmp_path, monkeypatch):
         path = packed(tmp_path / "a.zip", good(tmp_path / "set"))
         with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("zeros.png", bytes(2**20))
-        monkeypatch.setattr(images, "MAX_MEMBER", 2**19)
+        monkeypatch.setattr(archives, "MAX_MEMBER", 2**19)
         assert "zeros.png: 1,048,576 bytes" in load(path).description
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ancestral.apps import sampling
     from ancestral.apps.progress import Progress
     from ancestral.data import Data
+    from ancestral.data.dataset import Fit
     from ancestral.training.checkpoint import Saved
     from ancestral.training.recipes import Model
     from ancestral.training.settings import Family
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="ancestral",
     help="Train, sample and measure generative models.\n\n"
-    "DATA is 'digits', a toy (ring-8, swiss-roll, ...), or a path: a folder or zip of images, a table (.csv), "
-    "IDX, .npy or .npz.",
+    "DATA is 'digits', a toy (ring-8, swiss-roll, ...), or a path: a folder, zip or tar of images, "
+    "a table (.csv), IDX, .npy or .npz.",
     epilog="Start with:  ancestral train digits",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -54,7 +55,10 @@ def train(
     minutes: Annotated[float | None, typer.Option(help="Of training; turned into steps by measuring the pace.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps, in place of minutes.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random, recorded; 0 by default.")] = None,
-    size: Annotated[int | None, typer.Option(min=4, help="Side to which images are cropped and resized.")] = None,
+    size: Annotated[int | None, typer.Option(min=4, help="Side to which images are brought.")] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="Of other proportions: 'crop' the centre (default), 'pad' with black, 'stretch'.")
+    ] = None,
     family: Annotated[str | None, typer.Option(help="diffusion (the default), vae, flow or gan.")] = None,
     recipe: Annotated[
         str | None,
@@ -80,12 +84,15 @@ def train(
 
         if on_bad not in (None, "skip", "fail"):
             raise unknown("--on-bad", on_bad, ("skip", "fail"))
+        if fit not in (None, "crop", "pad", "stretch"):
+            raise unknown("--fit", fit, ("crop", "pad", "stretch"))
         every = [] if checkpoint_every is None else [f"training.checkpoint_every={checkpoint_every}"]
         wishes = start.Wishes(
             minutes=minutes,
             steps=steps,
             seed=seed,
             size=size,
+            fit=cast("Fit | None", fit),
             family=cast("Family | None", family),
             recipe=recipe,
             preset=preset,
@@ -409,13 +416,14 @@ def presets(
 
 def _data_of(run: Path, data: str | None, model: "Model", progress: "Progress", say: "Sayer") -> "Data":
     """The data to measure on: what was named, or what the run was trained on, read again in the same way."""
-    from ancestral.data import load
-    from ancestral.training.run import reload
+    from ancestral.data.sources import is_resized, load
+    from ancestral.training.run import fit_of, reload
 
     if data is not None:
         square = model.facts.is_image and model.facts.shape[1] == model.facts.shape[2]
-        files = Path(data).is_dir() or data.lower().endswith(".zip")
-        return load(data, size=model.facts.shape[1] if square and files else None, progress=progress.update)
+        if not is_resized(data):
+            return load(data, progress=progress.update)
+        return load(data, size=model.facts.shape[1] if square else None, fit=fit_of(run), progress=progress.update)
     examples = reload(run, progress.update)
     if examples.facts.digest != model.facts.digest:
         say(f"note: {examples.facts.name} has changed since the run: what is held out may have been learnt from")

@@ -14,6 +14,9 @@ from ancestral.data.facts import Facts, Scale, is_image
 from ancestral.errors import DataError
 
 OnBad = Literal["skip", "fail"]
+Fit = Literal["crop", "pad", "stretch"]
+"""How an image of other proportions comes to the size: its centre, all of it on black, or all of it distorted."""
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -84,6 +87,20 @@ class Examples:
 def printable(name: str) -> str:
     """A name from a file system as one line of text: names may hold newlines, escape codes and stray bytes."""
     return name if name.isprintable() else ascii(name)
+
+
+def numbered(words: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The classes that these names come to, in the order of numbers where all are whole, and the index of each name.
+
+    Example:
+        >>> numbered(["10", "9", "10"])
+        (('9', '10'), array([1, 0, 1]))
+    """
+    names = sorted(set(words))
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    index = {name: label for label, name in enumerate(names)}
+    return tuple(map(printable, names)), np.array([index[word] for word in words], dtype=np.int64)
 
 
 def held_out_by_content(x: NDArray[Any]) -> NDArray[np.bool_]:

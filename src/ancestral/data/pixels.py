@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from ancestral.data.dataset import Fit
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,8 +30,8 @@ def measure(file: BinaryIO) -> tuple[int, int]:
         return (image.height, image.width) if _orientation(image) >= 5 else (image.width, image.height)
 
 
-def decode(file: BinaryIO, *, width: int, height: int) -> NDArray[np.uint8]:
-    """The first frame, upright and opaque, cropped and resized: (H, W) where it is grey, (H, W, 3) otherwise."""
+def decode(file: BinaryIO, *, width: int, height: int, fit: Fit = "crop") -> NDArray[np.uint8]:
+    """The first frame, upright and opaque, at this size: (H, W) where it is grey, (H, W, 3) otherwise."""
     with _opened(file) as image:
         shrink = min(image.width / width, image.height / height)
         # Lets a JPEG leave out detail that the resize would throw away.
@@ -38,7 +40,7 @@ def decode(file: BinaryIO, *, width: int, height: int) -> NDArray[np.uint8]:
         turn = UPRIGHT.get(_orientation(image))
         flat = _eight_bit(image if turn is None else image.transpose(turn))
     if flat.size != (width, height):
-        flat = _fit(flat, width, height)
+        flat = _fitted(flat, width, height, fit)
     pixels = np.asarray(flat)
     if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
         return pixels[..., 0].copy()
@@ -88,10 +90,21 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centred part of the target's proportions, resized to it."""
-    shrink = min(image.width / width, image.height / height)
-    across, down = round(width * shrink), round(height * shrink)
-    left, top = (image.width - across) // 2, (image.height - down) // 2
-    part = image.crop((left, top, left + across, top + down))
-    return part.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=GAP)
+def _fitted(image: Image.Image, width: int, height: int, fit: Fit) -> Image.Image:
+    """The image at the target's size: what `Fit` says."""
+    if fit == "pad":
+        shrink = max(image.width / width, image.height / height)
+        whole = _resized(image, max(1, round(image.width / shrink)), max(1, round(image.height / shrink)))
+        canvas = Image.new(image.mode, (width, height))
+        canvas.paste(whole, ((width - whole.width) // 2, (height - whole.height) // 2))
+        return canvas
+    if fit == "crop":
+        shrink = min(image.width / width, image.height / height)
+        across, down = round(width * shrink), round(height * shrink)
+        left, top = (image.width - across) // 2, (image.height - down) // 2
+        image = image.crop((left, top, left + across, top + down))
+    return _resized(image, width, height)
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=GAP)

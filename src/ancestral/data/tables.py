@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ancestral.data.dataset import Examples, OnBad, printable
+from ancestral.data.dataset import Examples, OnBad, numbered, printable
 from ancestral.errors import DataError
 
 if TYPE_CHECKING:
@@ -125,10 +125,9 @@ def from_columns(where: str, columns: Iterable[Column], notes: Sequence[str] = (
         notes.append(f"left out columns without numbers: {', '.join(map(_quoted, others[:LISTED]))}{more}")
     x = np.stack([values for _, values in features], axis=1)
     whole = np.isfinite(np.abs(x).max(axis=1))
-    words = None
-    if classes is not None and classes.words is not None:
-        words = np.array(classes.words)
-        whole &= np.array([word.lower() not in MISSING for word in classes.words])
+    words = classes.words if classes else None
+    if words:
+        whole &= np.array([word.lower() not in MISSING for word in words])
     if not whole.any():
         column, values = min(features, key=lambda pair: np.isfinite(pair[1]).sum())
         raise DataError(
@@ -137,12 +136,12 @@ def from_columns(where: str, columns: Iterable[Column], notes: Sequence[str] = (
         )
     if not whole.all():
         notes.append(f"left out {len(whole) - whole.sum():,} rows with missing or infinite values")
-    names, labels = (None, None) if words is None else np.unique(words[whole], return_inverse=True)
+    names, labels = numbered([words[row] for row in np.flatnonzero(whole)]) if words else (None, None)
     return Examples(
         x=np.ascontiguousarray(x[whole]),
         levels=None,
-        labels=None if labels is None else labels.astype(np.int64),
-        classes=None if names is None else tuple(printable(str(name)) for name in names),
+        labels=labels,
+        classes=names,
         features=tuple(column.name for column, _ in features),
         skipped=skipped,
         notes=tuple(notes),
