@@ -17,6 +17,8 @@ from ancestral.rng import stream
 TOY_TRAIN, TOY_HELD_OUT = 20_000, 5_000
 MAX_SIZE = 4096
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+ROWS = (".parquet", ".arrow", ".feather")
+HUB = "hf:"
 
 
 def load(
@@ -31,8 +33,9 @@ def load(
     """The data that `source` names, divided into what is learnt from and what is held out.
 
     A source is "digits", the name of a toy (`ancestral.toys.TOYS`), or a path: a folder, a .zip
-    or a .tar(.gz) of images, a .csv or .tsv table, an .npy or .npz array, an IDX file, or a folder of IDX files under
-    MNIST's names. A path is only ever read. A split of the
+    or a .tar(.gz) of images, a .csv or .tsv table, an .npy or .npz array, an IDX file, a folder of IDX files under
+    MNIST's names, or, with an extra, HDF5, Parquet, Arrow, and what Hugging Face's library saves. "hf:NAME" is a data
+    set of its hub, and the only source that downloads anything. A path is only ever read. A split of the
     source's own (folders or arrays called train and test, or val where there is no test) is kept; otherwise about 20%
     of up to 10,000 examples, or 10% of more, are held out by a hash of their content. Names win over paths: write
     "./digits" for a folder called digits.
@@ -67,6 +70,9 @@ def load(
         name, where, examples = "digits", "digits", _digits()
     elif isinstance(source, str) and source in toys.TOYS:
         name, where, examples = source, source, _toy(source, seed)
+    elif isinstance(source, str) and source.startswith(HUB):
+        name, where = printable(source.rpartition("/")[2].removeprefix(HUB)), source
+        examples = _download(source, size, fit, on_bad, progress)
     else:
         path = Path(source)
         examples = _read(path, size, fit, on_bad, progress)
@@ -83,7 +89,9 @@ def load(
 def is_resized(source: str | Path) -> bool:
     """Whether a source holds files of images, which are brought to a size; judged by its name."""
     named = source == "digits" or (isinstance(source, str) and source in toys.TOYS)
-    return not named and (Path(source).is_dir() or str(source).lower().endswith(ARCHIVES))
+    return not named and (
+        Path(source).is_dir() or str(source).startswith(HUB) or str(source).lower().endswith((*ARCHIVES, *ROWS))
+    )
 
 
 def _title(path: Path) -> str:
@@ -104,11 +112,11 @@ def _read(path: Path, size: int | None, fit: Fit, on_bad: OnBad, progress: Progr
     except (OSError, ValueError) as error:
         raise DataError(f"{where}: cannot be opened ({error})") from None
 
-    from ancestral.data import archives, images  # Pillow is loaded when there are images to read
+    from ancestral.data import archives, images, stores  # Pillow is loaded when there are images to read
 
     suffix, reading = path.suffix.lower(), images.Reading(where, size, fit, on_bad, progress)
     if stat.S_ISDIR(mode):
-        return arrays.read_idx_folder(path) or images.read_folder(path, reading)
+        return arrays.read_idx_folder(path) or stores.read_saved(path, reading) or images.read_folder(path, reading)
     if not stat.S_ISREG(mode):
         raise DataError(f"{where}: neither a regular file nor a folder")
     if path.name.lower().endswith(ARCHIVES):
@@ -117,6 +125,10 @@ def _read(path: Path, size: int | None, fit: Fit, on_bad: OnBad, progress: Progr
         return arrays.read_npy(path)
     if suffix == ".npz":
         return arrays.read_npz(path)
+    if suffix in ROWS:
+        return stores.read_parquet(path, reading)
+    if suffix in (".h5", ".hdf5"):
+        return stores.read_hdf5(path)
     if path.name.lower().endswith(tables.SUFFIXES):
         return tables.read_table(path, on_bad=on_bad)
     if "idx" in path.name.lower():
@@ -124,9 +136,18 @@ def _read(path: Path, size: int | None, fit: Fit, on_bad: OnBad, progress: Progr
     if suffix in images.SUFFIXES:
         raise DataError(f"{where}: is one image: give the folder that holds it and others")
     raise DataError(
-        f"{where}: not a kind of file that is read: give a folder, .zip or .tar of images, a .csv or .tsv table, "
-        "an .npy or .npz array, or IDX files"
+        f"{where}: not a kind of file that is read: give a folder, .zip or .tar of images, a .csv, .tsv or "
+        ".parquet table, an .npy, .npz or .h5 array, or IDX files"
     )
+
+
+def _download(source: str, size: int | None, fit: Fit, on_bad: OnBad, progress: Progress | None) -> Examples:
+    from ancestral.data import images, stores
+
+    if progress:
+        progress(f"downloading {printable(source)}", 0, 1)
+    reading = images.Reading(printable(source), size, fit, on_bad, progress)
+    return stores.read_hub(source.removeprefix(HUB), reading)
 
 
 def _digits() -> Examples:

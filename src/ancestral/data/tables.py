@@ -98,8 +98,21 @@ def read_table(path: Path, *, on_bad: OnBad) -> Examples:
     raise AssertionError("latin-1 decodes whatever there is")
 
 
-def from_columns(where: str, columns: Iterable[Column], notes: Sequence[str] = (), skipped: int = 0) -> Examples:
+def from_columns(
+    where: str,
+    columns: Iterable[Column],
+    notes: Sequence[str] = (),
+    skipped: int = 0,
+    held_out: NDArray[np.bool_] | None = None,
+) -> Examples:
     """Vectors from the columns of a table, which all have as many rows.
+
+    Args:
+        where: the table, as people read it.
+        columns: numbers and words.
+        notes: what is already to be said.
+        skipped: rows that could not be read.
+        held_out: the table's own split, for each row; None without one.
 
     Raises:
         DataError: if no column, or no row, has numbers.
@@ -142,6 +155,7 @@ def from_columns(where: str, columns: Iterable[Column], notes: Sequence[str] = (
         levels=None,
         labels=labels,
         classes=names,
+        held_out=None if held_out is None else held_out[whole],
         features=tuple(column.name for column, _ in features),
         skipped=skipped,
         notes=tuple(notes),
