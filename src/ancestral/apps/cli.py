@@ -30,11 +30,17 @@ app = typer.Typer(
     add_completion=False,
 )
 
+about_data = typer.Typer(help="Look at data before training on it.", rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(about_data, name="data")
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random; printed and recorded.")]
 Debug = Annotated[bool, typer.Option("--debug", hidden=True)]
 Ema = Annotated[
     float | None, typer.Option(help="Length of the average of the weights, relative to the run, made from snapshots.")
+]
+Fitted = Annotated[
+    str | None, typer.Option(help="Of other proportions: 'crop' the centre (default), 'pad' with black, 'stretch'.")
 ]
 LATENTS = 10_000  # of training examples, at most, to which a mixture is fitted
 LIKELIHOODS = ("bound", "all-steps", "limit", "ode", "both")
@@ -56,9 +62,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Number of steps, in place of minutes.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random, recorded; 0 by default.")] = None,
     size: Annotated[int | None, typer.Option(min=4, help="Side to which images are brought.")] = None,
-    fit: Annotated[
-        str | None, typer.Option(help="Of other proportions: 'crop' the centre (default), 'pad' with black, 'stretch'.")
-    ] = None,
+    fit: Fitted = None,
     family: Annotated[str | None, typer.Option(help="diffusion (the default), vae, flow or gan.")] = None,
     recipe: Annotated[
         str | None,
@@ -78,7 +82,7 @@ def train(
 ) -> None:
     """Train a model on DATA and write a run directory; the same command again goes on where it stopped."""
     with guarded(as_json, debug):
-        from ancestral.apps import output
+        from ancestral.apps import checking, output
         from ancestral.apps.progress import Progress
         from ancestral.training import processes, start
 
@@ -124,6 +128,8 @@ def train(
             if run.done and run.rounding:
                 say(f"note: equal to an uninterrupted run up to rounding, not to the bit: {run.rounding}")
             _warn_of_the_chain(run.model, run.data, say)
+            if group.first and (wrong := checking.warning(run.data)):
+                say(wrong)
             asked.patiently(f"stopping after this step with a checkpoint in {run.path}; once more stops at once")
             loss, seconds = None, 0.0
             with contextlib.closing(run.steps(stop=lambda: asked.once)) as records:
@@ -379,6 +385,29 @@ def certify(
             print_json(**found.model_dump(mode="json", exclude_none=True))
     if not found.passed:
         raise typer.Exit(Refused.exit_code)
+
+
+@about_data.command("check", epilog="Examples:  ancestral data check photos/  |  ancestral data check table.csv --json")
+def check_data(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="'digits', a toy's name, or a path.")],
+    size: Annotated[int | None, typer.Option(min=4, help="Side to which images are brought.")] = None,
+    fit: Annotated[
+        str, typer.Option(help="Of other proportions: 'crop' the centre, 'pad' with black, 'stretch'.")
+    ] = "crop",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Count, measure and compare everything in DATA, name what is wrong, and say what to begin with here."""
+    with guarded(as_json, debug):
+        from ancestral.apps import checking
+        from ancestral.apps.progress import Progress
+
+        with Progress() as progress:
+            found = checking.checked(data, size, cast("Fit", fit or "crop"), progress.update)
+        for line in checking.lines(found):
+            Sayer(as_json)(line)
+        if as_json:
+            print_json(**found.model_dump(mode="json"))
 
 
 @app.command(epilog="Example:  ancestral doctor --json")

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,22 @@ Fit = Literal["crop", "pad", "stretch"]
 Progress = Callable[[str, int, int], None]
 
 
+class File(NamedTuple):
+    """Where an example came from.
+
+    Attributes:
+        name: path below the source's root, with "/".
+        width: in pixels before it was brought to a size; 0 where that was not measured.
+        height: the same.
+        mode: of its pixels, as Pillow calls it; empty where that was not looked at.
+    """
+
+    name: str
+    width: int = 0
+    height: int = 0
+    mode: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class Data:
     """Examples in the user's units, with the facts and the scale that bring them to the model's.
@@ -30,6 +46,9 @@ class Data:
         held_out: shape (n_held_out, *shape), never learnt from.
         train_labels: index into `facts.classes` of each training example, int64, or None.
         held_out_labels: the same for the held-out examples.
+        train_files: where each training example came from, or None if they are not files.
+        held_out_files: the same for the held-out examples.
+        bad: what could not be read, each with the reason.
         notes: what a reader should know about how the data was read.
     """
 
@@ -38,6 +57,9 @@ class Data:
     held_out: Tensor
     train_labels: Tensor | None = None
     held_out_labels: Tensor | None = None
+    train_files: tuple[File, ...] | None = None
+    held_out_files: tuple[File, ...] | None = None
+    bad: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def batch(self, indices: Tensor | Sequence[int]) -> Tensor:
@@ -70,7 +92,8 @@ class Examples:
         classes: names of the classes, or None.
         held_out: the source's own split, True where held out; None to divide by content.
         features: names of the features of a vector, or None.
-        skipped: files, or rows of a table, that could not be read.
+        files: where each example came from, or None.
+        bad: files, or rows of a table, that could not be read, each with the reason.
         notes: what a reader should know.
     """
 
@@ -80,7 +103,8 @@ class Examples:
     classes: tuple[str, ...] | None = None
     held_out: NDArray[np.bool_] | None = None
     features: tuple[str, ...] | None = None
-    skipped: int = 0
+    files: tuple[File, ...] | None = None
+    bad: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -125,7 +149,7 @@ def held_out_by_content(x: NDArray[Any]) -> NDArray[np.bool_]:
         >>> int(held_out_by_content(x).sum())
         209
     """
-    keys = np.array([_content_key(example) for example in x], dtype=np.uint64)
+    keys = np.array([content_key(example) for example in x], dtype=np.uint64)
     distinct = np.unique(keys)
     if len(distinct) < 3:
         raise DataError(
@@ -168,13 +192,28 @@ def divide(examples: Examples, *, name: str, source: str) -> Data:
         features=examples.features,
         n_train=n_train,
         n_held_out=n_held_out,
-        skipped=examples.skipped,
+        skipped=len(examples.bad),
         digest=_digest(train, held, train_labels, held_out_labels),
     )
-    return Data(facts, train, held, train_labels, held_out_labels, examples.notes)
+    return Data(
+        facts,
+        train,
+        held,
+        train_labels,
+        held_out_labels,
+        _chosen(examples.files, ~held_out),
+        _chosen(examples.files, held_out),
+        examples.bad,
+        examples.notes,
+    )
 
 
-def _content_key(example: NDArray[Any]) -> int:
+def _chosen(files: tuple[File, ...] | None, where: NDArray[np.bool_]) -> tuple[File, ...] | None:
+    return None if files is None else tuple(files[k] for k in np.flatnonzero(where))
+
+
+def content_key(example: NDArray[Any]) -> int:
+    """The content of an example as 64 bits."""
     return int.from_bytes(hashlib.blake2b(example.tobytes(), digest_size=8).digest(), "big")
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ancestral.data import metadata
-from ancestral.data.dataset import Examples, Fit, OnBad, Progress, numbered, printable
+from ancestral.data.dataset import Examples, File, Fit, OnBad, Progress, numbered, printable
 from ancestral.data.pixels import MAX_PIXELS, decode, measure, stack
 from ancestral.errors import DataError
 
@@ -49,6 +49,7 @@ class Item:
         held_out: its side of the source's own split, None without one.
         label: its class, where metadata names one.
         size: upright width and height once measured.
+        mode: of its pixels, likewise.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Item:
     held_out: bool | None = None
     label: str | None = None
     size: tuple[int, int] = (0, 0)
+    mode: str = ""
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,8 @@ def read_items(reading: Reading, items: list[Item]) -> Examples:
         labels=labels,
         classes=classes,
         held_out=None if items[0].held_out is None else np.array([item.held_out for item in items]),
-        skipped=len(bad),
+        files=tuple(File(item.name, *item.size, item.mode) for item in items),
+        bad=tuple(map(str, bad)),
         notes=tuple(notes),
     )
 
@@ -245,8 +248,8 @@ def _decode_all(reading: Reading, items: list[Item]) -> tuple[list[Item], list[N
     """The items that can be read, and their pixels at one size."""
     size = reading.size
     if size is None:
-        items, sizes = reading.over(items, measure, "measuring")
-        items = [replace(item, size=own) for item, own in zip(items, sizes, strict=True)]
+        items, measured = reading.over(items, measure, "measuring")
+        items = [replace(item, size=own[:2], mode=own[2]) for item, own in zip(items, measured, strict=True)]
     while True:
         width, height = (size, size) if size else _common(items)
         if 3 * width * height * len(items) > MAX_MEMORY:

@@ -24,10 +24,12 @@ MAX_PIXELS = 2**26  # of one image, before it is decoded: 8192 x 8192
 GAP = 3  # reduce in whole steps to no less than this many times the target, then Lanczos
 
 
-def measure(file: BinaryIO) -> tuple[int, int]:
-    """Width and height of the upright image, from the header alone."""
+def measure(file: BinaryIO) -> tuple[int, int, str]:
+    """Width and height of the upright image and the mode of its pixels, from the header alone."""
     with _opened(file) as image:
-        return (image.height, image.width) if _orientation(image) >= 5 else (image.width, image.height)
+        if _orientation(image) >= 5:
+            return image.height, image.width, image.mode
+        return image.width, image.height, image.mode
 
 
 def decode(file: BinaryIO, *, width: int, height: int, fit: Fit = "crop") -> NDArray[np.uint8]:

@@ -102,7 +102,7 @@ def from_columns(
     where: str,
     columns: Iterable[Column],
     notes: Sequence[str] = (),
-    skipped: int = 0,
+    bad: Sequence[str] = (),
     held_out: NDArray[np.bool_] | None = None,
 ) -> Examples:
     """Vectors from the columns of a table, which all have as many rows.
@@ -111,7 +111,7 @@ def from_columns(
         where: the table, as people read it.
         columns: numbers and words.
         notes: what is already to be said.
-        skipped: rows that could not be read.
+        bad: rows that could not be read.
         held_out: the table's own split, for each row; None without one.
 
     Raises:
@@ -157,7 +157,7 @@ def from_columns(
         classes=names,
         held_out=None if held_out is None else held_out[whole],
         features=tuple(column.name for column, _ in features),
-        skipped=skipped,
+        bad=tuple(bad),
         notes=tuple(notes),
     )
 
@@ -196,7 +196,7 @@ def _read(where: str, path: Path, encoding: str, on_bad: OnBad) -> Examples:
     if bad:
         more = "; ..." if len(bad) > NAMED else ""
         notes.append(f"skipped {len(bad):,} rows of another length ({'; '.join(bad[:NAMED])}{more})")
-    return from_columns(where, columns, notes, len(bad))
+    return from_columns(where, columns, notes, bad)
 
 
 def _encodings(path: Path) -> list[str]:
