@@ -129,7 +129,7 @@ def read_folder(root: Path, reading: Reading) -> Examples:
         DataError: if nothing can be read, or if something cannot and `on_bad` is "fail".
     """
     items = []
-    for found in _walk(root, "", set()):
+    for found in _walk(root, "", set(), root.resolve()):
         if isinstance(found, Bad):
             reading.reject(found)
         else:
@@ -137,7 +137,7 @@ def read_folder(root: Path, reading: Reading) -> Examples:
     return read_items(reading, items)
 
 
-def _walk(folder: Path, prefix: str, seen: set[Path]) -> Iterator[Item | Bad]:
+def _walk(folder: Path, prefix: str, seen: set[Path], root: Path) -> Iterator[Item | Bad]:
     real = folder.resolve()
     if real in seen:  # a link to a folder above
         return
@@ -156,8 +156,10 @@ def _walk(folder: Path, prefix: str, seen: set[Path]) -> Iterator[Item | Bad]:
         except OSError as error:
             yield Bad(name, reason(error))
             continue
-        if stat.S_ISDIR(mode):
-            yield from _walk(entry, f"{name}/", seen)
+        if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+            yield Bad(name, "a link that leads out of the folder")
+        elif stat.S_ISDIR(mode):
+            yield from _walk(entry, f"{name}/", seen, root)
         elif stat.S_ISREG(mode) and is_wanted(entry.name):  # opening a FIFO would wait for ever
             yield Item(name, partial(_binary, entry))
 
