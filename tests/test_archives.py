@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -292,3 +293,22 @@ def test_images_of_an_archive_keep_their_pixels(packed):
     data = load(packed(tar(FILES)))
     seen = {row.numpy().tobytes() for row in torch.cat([data.train, data.held_out])}
     assert seen == {picture(seed).transpose(2, 0, 1).tobytes() for seed in range(12)}
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_reading_holds_the_decoded_images_little_more_than_once(tmp_path, kind):
+    """Pixels go where they stay, and the split moves them: besides them there is the held-out side, and a chunk."""
+    shades = [np.full((64, 64, 3), k, dtype=np.uint8) for k in range(250)]
+    for k, shade in enumerate(shades):
+        shade[k % 64, :, 1] = 255
+    files = {f"{k}.png": png(shade) for k, shade in enumerate(shades)}
+    path = folder(tmp_path / "set", files) if kind == "folder" else tmp_path / f"set.{kind}"
+    if kind != "folder":
+        path.write_bytes(tar(files) if kind == "tar" else zipped(files))
+    load(path)
+    tracemalloc.start()
+    data = load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert data.facts.n_train + data.facts.n_held_out == 250
+    assert peak < 1.7 * 250 * 3 * 64 * 64

@@ -244,7 +244,7 @@ def _columns(train: Tensor, features: Sequence[str]) -> dict[str, object]:
 def _duplicates(data: Data, names: Sequence[str], near: bool) -> Duplicates:
     """Copies, by content and by looks."""
     sides = (data.train, data.held_out)
-    keys = np.array([content_key(example.numpy()) for x in sides for example in x], dtype=np.uint64)
+    keys = np.array([content_key(example) for x in sides for example in x.numpy()], dtype=np.uint64)
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     original = first[inverse]
     copy = original != np.arange(len(keys))

@@ -19,6 +19,8 @@ Fit = Literal["crop", "pad", "stretch"]
 
 Progress = Callable[[str, int, int], None]
 
+CHUNK = 2**18  # bytes that are moved at a time
+
 
 class File(NamedTuple):
     """Where an example came from.
@@ -162,6 +164,8 @@ def held_out_by_content(x: NDArray[Any]) -> NDArray[np.bool_]:
 def divide(examples: Examples, *, name: str, source: str) -> Data:
     """Split the examples, measure the scale on the training side, and write down the facts.
 
+    The array of the examples is taken over: where it can be written, its rows are moved and not copied.
+
     Raises:
         DataError: if fewer than 2 examples are left to learn from, or none is held out.
     """
@@ -175,7 +179,7 @@ def divide(examples: Examples, *, name: str, source: str) -> Data:
     if n_train < 2 or n_held_out < 1:
         raise DataError(f"{where}: {n_train} train and {n_held_out} held-out examples: at least 2 and 1 are needed")
 
-    train, held = torch.from_numpy(examples.x[~held_out]), torch.from_numpy(examples.x[held_out])
+    train, held = map(torch.from_numpy, _parted(examples.x, held_out))
     labels = examples.labels
     train_labels = None if labels is None else torch.from_numpy(labels[~held_out])
     held_out_labels = None if labels is None else torch.from_numpy(labels[held_out])
@@ -206,6 +210,18 @@ def divide(examples: Examples, *, name: str, source: str) -> Data:
         examples.bad,
         examples.notes,
     )
+
+
+def _parted(x: NDArray[Any], held_out: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both sides, each in its own order. No more than the held-out side is copied, if x can be written."""
+    if not x.flags.writeable:
+        return x[~held_out], x[held_out]
+    learnt, held = np.flatnonzero(~held_out), x[held_out]
+    step = max(1, CHUNK // x[0].nbytes)
+    for start in range(0, len(learnt), step):  # a row only ever moves forward, over one that has moved or is held out
+        rows = learnt[start : start + step]
+        x[start : start + len(rows)] = x[rows]
+    return x[: len(learnt)], held
 
 
 def _chosen(files: tuple[File, ...] | None, where: NDArray[np.bool_]) -> tuple[File, ...] | None:

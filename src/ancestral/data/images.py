@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from ancestral.data import metadata
 from ancestral.data.dataset import Examples, File, Fit, OnBad, Progress, numbered, printable
-from ancestral.data.pixels import MAX_PIXELS, decode, measure, stack
+from ancestral.data.pixels import MAX_PIXELS, Stack, decode, measure
 from ancestral.errors import DataError
 
 T = TypeVar("T")
@@ -100,9 +100,11 @@ class Reading:
             )
         self.bad.append(bad)
 
-    def over(self, items: list[Item], work: Callable[[BinaryIO], T], stage: str) -> tuple[list[Item], list[T]]:
-        """The items on which `work` succeeds, with its results; the others are rejected."""
-        kept, results = [], []
+    def over(
+        self, items: list[Item], work: Callable[[BinaryIO], T], stage: str, take: Callable[[T], None]
+    ) -> list[Item]:
+        """The items on which `work` succeeds, whose results are taken one by one; the others are rejected."""
+        kept = []
         told = -math.inf
         chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders release the interpreter's lock
@@ -113,13 +115,13 @@ class Reading:
                         self.reject(result)
                     else:
                         kept.append(item)
-                        results.append(result)
+                        take(result)
                 if self.progress and (number == len(chunks) or time.monotonic() - told >= 0.5):
                     self.progress(stage, min(number * CHUNK, len(items)), len(items))
                     told = time.monotonic()
         finally:
             pool.shutdown(cancel_futures=True)
-        return kept, results
+        return kept
 
 
 def read_folder(root: Path, reading: Reading) -> Examples:
@@ -210,7 +212,7 @@ def read_items(reading: Reading, items: list[Item]) -> Examples:
         notes.append(f"skipped {len(bad):,} unreadable ({'; '.join(map(str, bad[:NAMED]))}{more})")
     classes, labels = _classes(items)
     return Examples(
-        x=stack(pixels),
+        x=pixels.x,
         levels=256,
         labels=labels,
         classes=classes,
@@ -246,11 +248,12 @@ def _passed_over(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _decode_all(reading: Reading, items: list[Item]) -> tuple[list[Item], list[NDArray[np.uint8]]]:
+def _decode_all(reading: Reading, items: list[Item]) -> tuple[list[Item], Stack]:
     """The items that can be read, and their pixels at one size."""
     size = reading.size
     if size is None:
-        items, measured = reading.over(items, measure, "measuring")
+        measured: list[tuple[int, int, str]] = []
+        items = reading.over(items, measure, "measuring", measured.append)
         items = [replace(item, size=own[:2], mode=own[2]) for item, own in zip(items, measured, strict=True)]
     while True:
         width, height = (size, size) if size else _common(items)
@@ -259,7 +262,9 @@ def _decode_all(reading: Reading, items: list[Item]) -> tuple[list[Item], list[N
                 f"{reading.where}: {len(items):,} images of {width}x{height} take more than {MAX_MEMORY:,} bytes: "
                 "ask for a smaller size"
             )
-        kept, pixels = reading.over(items, partial(decode, width=width, height=height, fit=reading.fit), "decoding")
+        pixels = Stack(len(items), width, height)
+        work = partial(decode, width=width, height=height, fit=reading.fit)
+        kept = reading.over(items, work, "decoding", pixels.add)
         if size or _common(kept) == (width, height):
             return kept, pixels
         items = kept  # a damaged file has decided the size of the sound ones: once more without it

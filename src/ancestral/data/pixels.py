@@ -49,13 +49,32 @@ def decode(file: BinaryIO, *, width: int, height: int, fit: Fit = "crop") -> NDA
     return pixels
 
 
-def stack(pixels: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """One array (N, C, H, W): C = 1 where every image is grey, 3 otherwise."""
-    channels = 3 if any(image.ndim == 3 for image in pixels) else 1
-    x = np.empty((len(pixels), channels, *pixels[0].shape[:2]), dtype=np.uint8)
-    for row, image in zip(x, pixels, strict=True):
-        row[:] = image.transpose(2, 0, 1) if image.ndim == 3 else image
-    return x
+class Stack:
+    """One array (N, C, H, W) of images as they come: C = 1 as long as every image is grey, 3 from then on.
+
+    Args:
+        capacity: images that will come, at most.
+    """
+
+    def __init__(self, capacity: int, width: int, height: int) -> None:
+        self.room: NDArray[np.uint8] = np.empty((capacity, 0, height, width), dtype=np.uint8)
+        self.count = 0
+
+    def add(self, image: NDArray[np.uint8]) -> None:
+        """Take the next image, (H, W) or (H, W, 3)."""
+        channels = 3 if image.ndim == 3 else 1
+        if channels > self.room.shape[1]:
+            wider = np.empty((len(self.room), channels, *self.room.shape[2:]), dtype=np.uint8)
+            if self.count:
+                wider[: self.count] = self.room[: self.count]
+            self.room = wider
+        self.room[self.count] = image.transpose(2, 0, 1) if channels == 3 else image
+        self.count += 1
+
+    @property
+    def x(self) -> NDArray[np.uint8]:
+        """The images so far."""
+        return self.room[: self.count]
 
 
 @contextmanager
