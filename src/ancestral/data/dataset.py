@@ -214,6 +214,9 @@ def divide(examples: Examples, *, name: str, source: str) -> Data:
 
 def _parted(x: NDArray[Any], held_out: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Both sides, each in its own order. No more than the held-out side is copied, if x can be written."""
+    n_train = int((~held_out).sum())
+    if x.flags.writeable and not held_out[:n_train].any():  # as a cache keeps them
+        return x[:n_train], x[n_train:]
     if not x.flags.writeable:
         return x[~held_out], x[held_out]
     learnt, held = np.flatnonzero(~held_out), x[held_out]

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ancestral.data import metadata
+from ancestral.data import cache, metadata
 from ancestral.data.dataset import Examples, File, Fit, OnBad, Progress, numbered, printable
 from ancestral.data.pixels import MAX_PIXELS, Stack, decode, measure
 from ancestral.errors import DataError
@@ -81,6 +81,7 @@ class Reading:
         fit: how an image of other proportions gets there.
         on_bad: "skip" what cannot be read, or "fail".
         progress: told (stage, done, of).
+        cache: folder of decoded images (`data.cache`), or None.
         bad: what could not be read so far.
     """
 
@@ -89,6 +90,7 @@ class Reading:
     fit: Fit = "crop"
     on_bad: OnBad = "skip"
     progress: Progress | None = None
+    cache: Path | None = None
     bad: list[Bad] = field(default_factory=list)
 
     def reject(self, bad: Bad) -> None:
@@ -190,9 +192,31 @@ def reason(error: Exception) -> str:
 def read_items(reading: Reading, items: list[Item]) -> Examples:
     """The images among files, decoded and brought to one size, with classes from metadata or from their folders.
 
+    With a cache, what has been decoded before is not decoded again.
+
     Raises:
         DataError: if there is none, or something cannot be read and `reading.on_bad` is "fail".
     """
+    if reading.cache is None:
+        return _decoded(reading, items)
+    digests: list[str] = []
+    items = reading.over(items, cache.digest, "comparing", digests.append)
+    how = [reading.size, reading.fit, list(map(str, reading.bad))]
+    key = cache.key_of(zip((item.name for item in items), digests, strict=True), how)
+    found = cache.find(reading.cache, key)
+    if found is not None and (reading.on_bad == "skip" or not found.bad):
+        return found
+    examples = _decoded(reading, items)
+    try:
+        cache.keep(reading.cache, key, examples)
+    except DataError:  # too few to be divided, which is said by who divides them
+        return examples
+    except OSError as error:
+        return replace(examples, notes=(*examples.notes, f"the cache could not be written ({reason(error)})"))
+    return examples
+
+
+def _decoded(reading: Reading, items: list[Item]) -> Examples:
     bad, size = reading.bad, reading.size
     items, notes = _labelled(reading, sorted(items, key=lambda item: item.name))
     if not items and not bad:

@@ -1,5 +1,6 @@
 """`load`: from a name or a path to data."""
 
+import os
 import stat
 from importlib.resources import files
 from pathlib import Path
@@ -114,7 +115,7 @@ def _read(path: Path, size: int | None, fit: Fit, on_bad: OnBad, progress: Progr
 
     from ancestral.data import archives, images, stores  # Pillow is loaded when there are images to read
 
-    suffix, reading = path.suffix.lower(), images.Reading(where, size, fit, on_bad, progress)
+    suffix, reading = path.suffix.lower(), images.Reading(where, size, fit, on_bad, progress, _cache())
     if stat.S_ISDIR(mode):
         return arrays.read_idx_folder(path) or stores.read_saved(path, reading) or images.read_folder(path, reading)
     if not stat.S_ISREG(mode):
@@ -141,12 +142,18 @@ def _read(path: Path, size: int | None, fit: Fit, on_bad: OnBad, progress: Progr
     )
 
 
+def _cache() -> Path | None:
+    """Where decoded images are kept, if the user has named a place."""
+    named = os.environ.get("ANCESTRAL_CACHE")
+    return Path(named) if named else None
+
+
 def _download(source: str, size: int | None, fit: Fit, on_bad: OnBad, progress: Progress | None) -> Examples:
     from ancestral.data import images, stores
 
     if progress:
         progress(f"downloading {printable(source)}", 0, 1)
-    reading = images.Reading(printable(source), size, fit, on_bad, progress)
+    reading = images.Reading(printable(source), size, fit, on_bad, progress, _cache())
     return stores.read_hub(source.removeprefix(HUB), reading)
 
 
