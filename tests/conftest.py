@@ -11,5 +11,6 @@ def _cache(tmp_path_factory):
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ANCESTRAL_CACHE", str(shared / "cache"))
+        patch.delenv("ANCESTRAL_CACHE", raising=False)
+        patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
         yield

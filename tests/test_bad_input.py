@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ancestral.data import images, load
+from ancestral.data import archives, images, load
 from ancestral.errors import AncestralError, DataError, OptionError
 
 
@@ -293,14 +293,14 @@ class TestZip:
     @pytest.mark.parametrize(("bound", "words"), [("MAX_MEMBERS", "holds 6 members"), ("MAX_DECLARED", "unpacks to")])
     def test_count_and_declared_size_are_bounded(self, tmp_path, monkeypatch, bound, words):
         path = packed(tmp_path / "a.zip", good(tmp_path / "set"))
-        monkeypatch.setattr(images, bound, 5)
+        monkeypatch.setattr(archives, bound, 5)
         assert words in refusal(path)
 
     def test_a_huge_member_is_not_unpacked(self, tmp_path, monkeypatch):
         path = packed(tmp_path / "a.zip", good(tmp_path / "set"))
         with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("zeros.png", bytes(2**20))
-        monkeypatch.setattr(images, "MAX_MEMBER", 2**19)
+        monkeypatch.setattr(archives, "MAX_MEMBER", 2**19)
         assert "zeros.png: 1,048,576 bytes" in load(path).description
 
 
@@ -425,10 +425,10 @@ class TestSources:
         assert "cannot be opened" in refusal("a" * 5000)
 
     def test_files_of_other_kinds_are_refused(self, tmp_path, untouched):
-        (tmp_path / "table.csv").write_text("a,b\n1,2\n")
+        (tmp_path / "table.xlsx").write_text("a,b\n1,2\n")
         good(tmp_path / "set", 1)
         untouched()
-        assert "table.csv: not a kind of file that is read" in refusal(tmp_path / "table.csv")
+        assert "table.xlsx: not a kind of file that is read" in refusal(tmp_path / "table.xlsx")
         assert "good-0.png: is one image" in refusal(tmp_path / "set" / "good-0.png")
 
     def test_options_outside_their_range_are_refused(self):

@@ -55,7 +55,32 @@ class TestScale:
         expected = 2 * k.double() / (levels - 1) - 1
         assert torch.allclose(x.double(), expected, rtol=0, atol=torch.finfo(dtype).eps)
 
-    @pytest.mark.parametrize("scale", [Scale.of_levels(17), Scale(offset=range(6), factor=[0.1, 2, 3, 4, 5, 60])])
+    @pytest.mark.parametrize(
+        "kind", [np.bool_, np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64]
+    )
+    def test_every_level_of_every_type_of_integers_comes_back_from_a_file(self, tmp_path, kind):
+        top = 1 if kind is np.bool_ else min(np.iinfo(kind).max, 65535)
+        levels = np.concatenate([np.arange(top + 1), [0] * 3]).astype(kind)
+        np.save(tmp_path / "x.npy", np.stack([levels, levels[::-1], np.roll(levels, 1)], axis=1))
+        data = load(tmp_path / "x.npy")
+        assert data.facts.levels == (256 if kind is np.uint8 else top + 1)
+        for raw in (data.train, data.held_out):
+            assert torch.equal(data.facts.to_raw(data.facts.scale.forward(raw)), raw)
+            assert torch.equal(data.facts.scale.inverse(data.facts.scale.forward(raw)).round(), raw.float())
+        seen = torch.cat([data.train, data.held_out])
+        assert seen.unique().tolist() == list(range(top + 1))
+
+    @pytest.mark.parametrize(
+        "scale",
+        [
+            Scale.of_levels(2),
+            Scale.of_levels(17),
+            Scale.of_levels(65536),
+            Scale(offset=range(6), factor=[0.1, 2, 3, 4, 5, 60]),
+            Scale.of_values(torch.linspace(-3, 5, 600).reshape(100, 6) ** 3),
+            Scale.of_values(torch.linspace(-3, 5, 600).reshape(100, 6) ** 3, shared=True),
+        ],
+    )
     def test_log_det_is_that_of_the_jacobian(self, scale):
         shape = (1, 2, 3)
         raw = randn((1, *shape), stream(0), dtype=torch.float64)

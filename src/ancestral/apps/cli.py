@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ancestral.apps import sampling
     from ancestral.apps.progress import Progress
     from ancestral.data import Data
+    from ancestral.data.dataset import Fit
     from ancestral.training.checkpoint import Saved
     from ancestral.training.recipes import Model
     from ancestral.training.settings import Family
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="ancestral",
     help="Train, sample and measure generative models.\n\n"
-    "DATA is 'digits', a toy (ring-8, swiss-roll, ...), or a path: a folder or zip of images, IDX, .npy or .npz.",
+    "DATA is 'digits', a toy (ring-8, swiss-roll, ...), or a path: a folder, zip or tar of images, "
+    "a table (.csv), IDX, .npy or .npz.",
     epilog="Start with:  ancestral train digits",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+about_data = typer.Typer(help="Look at data before training on it.", rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(about_data, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random; printed and recorded.")]
@@ -40,6 +45,9 @@ Features = Annotated[
         help="In which samples are compared: encoder, trained on the data (the default for images), pixels, pca, or "
         "onnx:PATH."
     ),
+]
+Fitted = Annotated[
+    str | None, typer.Option(help="Of other proportions: 'crop' the centre (default), 'pad' with black, 'stretch'.")
 ]
 LATENTS = 10_000  # of training examples, at most, to which a mixture is fitted
 FAMILIES = ("diffusion", "vae", "flow", "gan")
@@ -61,7 +69,8 @@ def train(
     minutes: Annotated[float | None, typer.Option(help="Of training; turned into steps by measuring the pace.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps, in place of minutes.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random, recorded; 0 by default.")] = None,
-    size: Annotated[int | None, typer.Option(min=4, help="Side to which images are cropped and resized.")] = None,
+    size: Annotated[int | None, typer.Option(min=4, help="Side to which images are brought.")] = None,
+    fit: Fitted = None,
     family: Annotated[str | None, typer.Option(help="diffusion (the default), vae, flow or gan.")] = None,
     recipe: Annotated[
         str | None,
@@ -81,18 +90,21 @@ def train(
 ) -> None:
     """Train a model on DATA and write a run directory; the same command again goes on where it stopped."""
     with guarded(as_json, debug):
-        from ancestral.apps import output
+        from ancestral.apps import checking, output
         from ancestral.apps.progress import Progress
         from ancestral.training import processes, start
 
         if on_bad not in (None, "skip", "fail"):
             raise unknown("--on-bad", on_bad, ("skip", "fail"))
+        if fit not in (None, "crop", "pad", "stretch"):
+            raise unknown("--fit", fit, ("crop", "pad", "stretch"))
         every = [] if checkpoint_every is None else [f"training.checkpoint_every={checkpoint_every}"]
         wishes = start.Wishes(
             minutes=minutes,
             steps=steps,
             seed=seed,
             size=size,
+            fit=cast("Fit | None", fit),
             family=cast("Family | None", family),
             recipe=recipe,
             preset=preset,
@@ -124,6 +136,8 @@ def train(
             if run.done and run.rounding:
                 say(f"note: equal to an uninterrupted run up to rounding, not to the bit: {run.rounding}")
             _warn_of_the_chain(run.model, run.data, say)
+            if group.first and (wrong := checking.warning(run.data)):
+                say(wrong)
             asked.patiently(f"stopping after this step with a checkpoint in {run.path}; once more stops at once")
             loss, seconds = None, 0.0
             with contextlib.closing(run.steps(stop=lambda: asked.once)) as records:
@@ -440,6 +454,29 @@ def certify(
         raise typer.Exit(Refused.exit_code)
 
 
+@about_data.command("check", epilog="Examples:  ancestral data check photos/  |  ancestral data check table.csv --json")
+def check_data(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="'digits', a toy's name, or a path.")],
+    size: Annotated[int | None, typer.Option(min=4, help="Side to which images are brought.")] = None,
+    fit: Annotated[
+        str, typer.Option(help="Of other proportions: 'crop' the centre, 'pad' with black, 'stretch'.")
+    ] = "crop",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Count, measure and compare everything in DATA, name what is wrong, and say what to begin with here."""
+    with guarded(as_json, debug):
+        from ancestral.apps import checking
+        from ancestral.apps.progress import Progress
+
+        with Progress() as progress:
+            found = checking.checked(data, size, cast("Fit", fit or "crop"), progress.update)
+        for line in checking.lines(found):
+            Sayer(as_json)(line)
+        if as_json:
+            print_json(**found.model_dump(mode="json"))
+
+
 @app.command(epilog="Example:  ancestral doctor --json")
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """Say what this machine has: versions, cores, threads, bfloat16, memory, disk, and how fast it convolves."""
@@ -475,13 +512,14 @@ def presets(
 
 def _data_of(run: Path, data: str | None, model: "Model", progress: "Progress", say: "Sayer") -> "Data":
     """The data to measure on: what was named, or what the run was trained on, read again in the same way."""
-    from ancestral.data import load
-    from ancestral.training.run import reload
+    from ancestral.data.sources import is_resized, load
+    from ancestral.training.run import fit_of, reload
 
     if data is not None:
         square = model.facts.is_image and model.facts.shape[1] == model.facts.shape[2]
-        files = Path(data).is_dir() or data.lower().endswith(".zip")
-        return load(data, size=model.facts.shape[1] if square and files else None, progress=progress.update)
+        if not is_resized(data):
+            return load(data, progress=progress.update)
+        return load(data, size=model.facts.shape[1] if square else None, fit=fit_of(run), progress=progress.update)
     examples = reload(run, progress.update)
     if examples.facts.digest != model.facts.digest:
         say(f"note: {examples.facts.name} has changed since the run: what is held out may have been learnt from")

@@ -56,7 +56,7 @@ def read_npy(path: Path) -> Examples:
         DataError: if the file is damaged, or holds objects, nothing, or values that are not finite.
     """
     where = printable(str(path))
-    return _examples([Part(where, _guarded(where, lambda: _mapped(path)))])
+    return examples_of([Part(where, guarded(where, lambda: _mapped(path)))])
 
 
 def read_npz(path: Path) -> Examples:
@@ -69,14 +69,14 @@ def read_npz(path: Path) -> Examples:
         DataError: as `read_npy` does.
     """
     where = printable(str(path))
-    with _guarded(where, lambda: zipfile.ZipFile(path)) as archive:
-        pairs = _pairs([name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")])
-        if not pairs:
+    with guarded(where, lambda: zipfile.ZipFile(path)) as archive:
+        named = pairs([name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")])
+        if not named:
             raise DataError(f"{where}: holds no array of examples: save them under the name x, images or data")
-        return _examples(
+        return examples_of(
             [
                 Part(f"{where}[{printable(x)}]", _member(where, archive, x), _member(where, archive, y) if y else None)
-                for x, y in pairs
+                for x, y in named
             ]
         )
 
@@ -95,7 +95,7 @@ def read_idx(path: Path) -> Examples:
         raise DataError(
             f"{part.where}: holds single numbers, as a file of labels does: give the images or their folder"
         )
-    return _examples([part])
+    return examples_of([part])
 
 
 def read_idx_folder(folder: Path) -> Examples | None:
@@ -118,7 +118,7 @@ def read_idx_folder(folder: Path) -> Examples | None:
         for side in ("train", "t10k", "test")
         if (side, "images") in found
     ]
-    return _examples(parts[:2]) if parts else None
+    return examples_of(parts[:2]) if parts else None
 
 
 def _idx_part(images: Path, labels: Path | None) -> Part:
@@ -127,7 +127,7 @@ def _idx_part(images: Path, labels: Path | None) -> Part:
 
 def _idx(path: Path) -> NDArray[Any]:
     where = printable(str(path))
-    return _guarded(where, lambda: _read_idx(path))
+    return guarded(where, lambda: _read_idx(path))
 
 
 def _read_idx(path: Path) -> NDArray[Any]:
@@ -138,7 +138,7 @@ def _read_idx(path: Path) -> NDArray[Any]:
         shape = struct.unpack(f">{axes}I", file.read(4 * axes))
         dtype = np.dtype(IDX_TYPES[kind])
         size = math.prod(shape) * dtype.itemsize
-        _check_memory(size)
+        check_memory(size)
         body = file.read(size + 1)
     if len(body) != size:
         held = f"{len(body):,}" if len(body) < size else "more"
@@ -148,20 +148,20 @@ def _read_idx(path: Path) -> NDArray[Any]:
 
 def _mapped(path: Path) -> NDArray[Any]:
     mapped = np.lib.format.open_memmap(path, mode="r")
-    _check_memory(mapped.nbytes)
+    check_memory(mapped.nbytes)
     return mapped
 
 
 def _member(where: str, archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     def read() -> NDArray[Any]:
-        _check_memory(archive.getinfo(f"{name}.npy").file_size)
+        check_memory(archive.getinfo(f"{name}.npy").file_size)
         with archive.open(f"{name}.npy") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
 
-    return _guarded(f"{where}[{printable(name)}]", read)
+    return guarded(f"{where}[{printable(name)}]", read)
 
 
-def _pairs(names: list[str]) -> list[tuple[str, str | None]]:
+def pairs(names: list[str]) -> list[tuple[str, str | None]]:
     """The names of examples and labels to read: one pair, or two, to learn from and held out."""
 
     def pair(side: str) -> tuple[str, str | None] | None:
@@ -184,24 +184,27 @@ def _named(names: list[str], words: Sequence[str], side: str) -> str | None:
     return next((name for parts in wanted for name in names if set(name.lower().split("_")) == parts), None)
 
 
-def _guarded(where: str, read: Callable[[], T]) -> T:
+def guarded(where: str, read: Callable[[], T], what: str = "an array of numbers") -> T:
+    """What `read` gives; whatever it raises is a DataError in one sentence."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # NumPy warns of a shape that overflows before it fails
             return read()
+    except DataError:
+        raise
     except Exception as error:  # a damaged or hostile file can raise nearly anything
         reason = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-        raise DataError(
-            f"{where}: cannot be read as an array of numbers ({printable(reason)}): save plain numbers again"
-        ) from None
+        reason = printable(reason.partition("\n")[0][:200])
+        raise DataError(f"{where}: cannot be read as {what} ({reason}): save it again as plain values") from None
 
 
-def _check_memory(size: int) -> None:
+def check_memory(size: int) -> None:
+    """See that an array of so many bytes may be held."""
     if size > MAX_MEMORY:
         raise ValueError(f"{size:,} bytes, at most {MAX_MEMORY:,} are read")
 
 
-def _examples(parts: list[Part]) -> Examples:
+def examples_of(parts: list[Part]) -> Examples:
     """Examples from one part, or from two of which the second is held out."""
     arrays = [_checked(part) for part in parts]
     for part, x in zip(parts[1:], arrays[1:], strict=True):
@@ -210,7 +213,7 @@ def _examples(parts: list[Part]) -> Examples:
                 f"{part.where}: holds {x.dtype} examples of shape {x.shape[1:]} and {parts[0].where} holds "
                 f"{arrays[0].dtype} of shape {arrays[0].shape[1:]}: both sides of a split must agree"
             )
-    x = np.concatenate(arrays)
+    x = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     levels = _levels(parts[0].where, x)
     dtype = np.float32 if levels is None else np.uint8 if levels <= 256 else np.int32
     classes, labels, notes = _classes(parts)
@@ -233,7 +236,7 @@ def _checked(part: Part) -> NDArray[Any]:
         raise DataError(f"{part.where}: holds no values (its shape is {x.shape}): give one example per row")
     if x.dtype.kind == "f":
         with np.errstate(over="ignore"):
-            narrow = x.astype(np.float32)
+            narrow = x.astype(np.float32, copy=False)
         wrong = ~np.isfinite(narrow)
         if wrong.any():
             first = tuple(map(int, np.unravel_index(int(wrong.argmax()), x.shape)))

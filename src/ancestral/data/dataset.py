@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,28 @@ from ancestral.data.facts import Facts, Scale, is_image
 from ancestral.errors import DataError
 
 OnBad = Literal["skip", "fail"]
+Fit = Literal["crop", "pad", "stretch"]
+"""How an image of other proportions comes to the size: its centre, all of it on black, or all of it distorted."""
+
 Progress = Callable[[str, int, int], None]
+
+CHUNK = 2**18  # bytes that are moved at a time
+
+
+class File(NamedTuple):
+    """Where an example came from.
+
+    Attributes:
+        name: path below the source's root, with "/".
+        width: in pixels before it was brought to a size; 0 where that was not measured.
+        height: the same.
+        mode: of its pixels, as Pillow calls it; empty where that was not looked at.
+    """
+
+    name: str
+    width: int = 0
+    height: int = 0
+    mode: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +48,9 @@ class Data:
         held_out: shape (n_held_out, *shape), never learnt from.
         train_labels: index into `facts.classes` of each training example, int64, or None.
         held_out_labels: the same for the held-out examples.
+        train_files: where each training example came from, or None if they are not files.
+        held_out_files: the same for the held-out examples.
+        bad: what could not be read, each with the reason.
         notes: what a reader should know about how the data was read.
     """
 
@@ -35,6 +59,9 @@ class Data:
     held_out: Tensor
     train_labels: Tensor | None = None
     held_out_labels: Tensor | None = None
+    train_files: tuple[File, ...] | None = None
+    held_out_files: tuple[File, ...] | None = None
+    bad: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def batch(self, indices: Tensor | Sequence[int]) -> Tensor:
@@ -66,7 +93,9 @@ class Examples:
         labels: index into `classes` of each example, or None.
         classes: names of the classes, or None.
         held_out: the source's own split, True where held out; None to divide by content.
-        skipped: files that could not be read.
+        features: names of the features of a vector, or None.
+        files: where each example came from, or None.
+        bad: files, or rows of a table, that could not be read, each with the reason.
         notes: what a reader should know.
     """
 
@@ -75,13 +104,29 @@ class Examples:
     labels: NDArray[np.int64] | None = None
     classes: tuple[str, ...] | None = None
     held_out: NDArray[np.bool_] | None = None
-    skipped: int = 0
+    features: tuple[str, ...] | None = None
+    files: tuple[File, ...] | None = None
+    bad: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
 def printable(name: str) -> str:
     """A name from a file system as one line of text: names may hold newlines, escape codes and stray bytes."""
     return name if name.isprintable() else ascii(name)
+
+
+def numbered(words: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """The classes that these names come to, in the order of numbers where all are whole, and the index of each name.
+
+    Example:
+        >>> numbered(["10", "9", "10"])
+        (('9', '10'), array([1, 0, 1]))
+    """
+    names = sorted(set(words))
+    if all(name.isdecimal() for name in names):
+        names.sort(key=int)
+    index = {name: label for label, name in enumerate(names)}
+    return tuple(map(printable, names)), np.array([index[word] for word in words], dtype=np.int64)
 
 
 def held_out_by_content(x: NDArray[Any]) -> NDArray[np.bool_]:
@@ -106,7 +151,7 @@ def held_out_by_content(x: NDArray[Any]) -> NDArray[np.bool_]:
         >>> int(held_out_by_content(x).sum())
         209
     """
-    keys = np.array([_content_key(example) for example in x], dtype=np.uint64)
+    keys = np.array([content_key(example) for example in x], dtype=np.uint64)
     distinct = np.unique(keys)
     if len(distinct) < 3:
         raise DataError(
@@ -118,6 +163,8 @@ def held_out_by_content(x: NDArray[Any]) -> NDArray[np.bool_]:
 
 def divide(examples: Examples, *, name: str, source: str) -> Data:
     """Split the examples, measure the scale on the training side, and write down the facts.
+
+    The array of the examples is taken over: where it can be written, its rows are moved and not copied.
 
     Raises:
         DataError: if fewer than 2 examples are left to learn from, or none is held out.
@@ -132,7 +179,7 @@ def divide(examples: Examples, *, name: str, source: str) -> Data:
     if n_train < 2 or n_held_out < 1:
         raise DataError(f"{where}: {n_train} train and {n_held_out} held-out examples: at least 2 and 1 are needed")
 
-    train, held = torch.from_numpy(examples.x[~held_out]), torch.from_numpy(examples.x[held_out])
+    train, held = map(torch.from_numpy, _parted(examples.x, held_out))
     labels = examples.labels
     train_labels = None if labels is None else torch.from_numpy(labels[~held_out])
     held_out_labels = None if labels is None else torch.from_numpy(labels[held_out])
@@ -146,15 +193,46 @@ def divide(examples: Examples, *, name: str, source: str) -> Data:
         # One unit for all pixels: near a border they hardly vary, and a unit of their own would magnify noise.
         scale=Scale.of_levels(examples.levels) if examples.levels else Scale.of_values(train, shared=is_image(shape)),
         classes=examples.classes,
+        features=examples.features,
         n_train=n_train,
         n_held_out=n_held_out,
-        skipped=examples.skipped,
+        skipped=len(examples.bad),
         digest=_digest(train, held, train_labels, held_out_labels),
     )
-    return Data(facts, train, held, train_labels, held_out_labels, examples.notes)
+    return Data(
+        facts,
+        train,
+        held,
+        train_labels,
+        held_out_labels,
+        _chosen(examples.files, ~held_out),
+        _chosen(examples.files, held_out),
+        examples.bad,
+        examples.notes,
+    )
 
 
-def _content_key(example: NDArray[Any]) -> int:
+def _parted(x: NDArray[Any], held_out: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Both sides, each in its own order. No more than the held-out side is copied, if x can be written."""
+    n_train = int((~held_out).sum())
+    if x.flags.writeable and not held_out[:n_train].any():  # as a cache keeps them
+        return x[:n_train], x[n_train:]
+    if not x.flags.writeable:
+        return x[~held_out], x[held_out]
+    learnt, held = np.flatnonzero(~held_out), x[held_out]
+    step = max(1, CHUNK // x[0].nbytes)
+    for start in range(0, len(learnt), step):  # a row only ever moves forward, over one that has moved or is held out
+        rows = learnt[start : start + step]
+        x[start : start + len(rows)] = x[rows]
+    return x[: len(learnt)], held
+
+
+def _chosen(files: tuple[File, ...] | None, where: NDArray[np.bool_]) -> tuple[File, ...] | None:
+    return None if files is None else tuple(files[k] for k in np.flatnonzero(where))
+
+
+def content_key(example: NDArray[Any]) -> int:
+    """The content of an example as 64 bits."""
     return int.from_bytes(hashlib.blake2b(example.tobytes(), digest_size=8).digest(), "big")
 
 

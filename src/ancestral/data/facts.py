@@ -118,9 +118,10 @@ class Facts(BaseModel):
         levels: the values are the integers 0 .. levels - 1; None for real-valued data.
         scale: the map between the user's units and the model's.
         classes: names of the classes, in the order of the labels; None without labels.
+        features: names of the features of a vector, in its order; None without names.
         n_train: examples to learn from.
         n_held_out: examples to measure on, never learnt from.
-        skipped: files that could not be read.
+        skipped: files, or rows of a table, that could not be read.
         digest: SHA-256 of the examples and labels on both sides of the split: equal digests, equal data.
     """
 
@@ -132,6 +133,7 @@ class Facts(BaseModel):
     levels: Annotated[int, Field(ge=2)] | None
     scale: Scale
     classes: tuple[str, ...] | None
+    features: tuple[str, ...] | None = None
     n_train: Count
     n_held_out: Count
     skipped: Count

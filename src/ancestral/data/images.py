@@ -1,17 +1,14 @@
-"""Folders and zip archives of images, read without trusting a byte of them."""
+"""Images, by the thousand: those of a folder, and what is common to all that hold images."""
 
 import math
 import os
 import stat
-import threading
 import time
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import BinaryIO, TypeVar
@@ -20,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ancestral.data.dataset import Examples, OnBad, Progress, printable
-from ancestral.data.pixels import MAX_PIXELS, decode, measure, stack
+from ancestral.data import cache, metadata
+from ancestral.data.dataset import Examples, File, Fit, OnBad, Progress, numbered, printable
+from ancestral.data.pixels import MAX_PIXELS, Stack, decode, measure
 from ancestral.errors import DataError
 
 T = TypeVar("T")
@@ -31,9 +29,11 @@ SUFFIXES = frozenset(
 )
 SIDES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
-MAX_MEMBER = 2**28  # bytes of one member of an archive
-MAX_MEMBERS = 2_000_000  # of one archive
-MAX_DECLARED = 2**36  # bytes that the members of one archive unpack to
+BROUGHT = {
+    "crop": "centre-cropped and resized to",
+    "pad": "resized and padded with black to",
+    "stretch": "stretched to",
+}
 MAX_MEMORY = 2**33  # bytes that the decoded set takes
 CHUNK = 8  # files that a thread takes at a time
 NAMED = 3  # unreadable files that a description names
@@ -47,13 +47,17 @@ class Item:
         name: path below the root, with "/".
         open: how to read its bytes.
         held_out: its side of the source's own split, None without one.
+        label: its class, where metadata names one.
         size: upright width and height once measured.
+        mode: of its pixels, likewise.
     """
 
     name: str
     open: Callable[[], BinaryIO]
     held_out: bool | None = None
+    label: str | None = None
     size: tuple[int, int] = (0, 0)
+    mode: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,24 @@ class Bad:
 
 @dataclass(frozen=True)
 class Reading:
-    """One reading of one source: what to do about files that cannot be read, and those met so far."""
+    """One reading of one source: what to bring images to, what to do about those that cannot be read, and those met.
+
+    Attributes:
+        where: the source, as people read it.
+        size: side in pixels, or None to keep one common size or choose one.
+        fit: how an image of other proportions gets there.
+        on_bad: "skip" what cannot be read, or "fail".
+        progress: told (stage, done, of).
+        cache: folder of decoded images (`data.cache`), or None.
+        bad: what could not be read so far.
+    """
 
     where: str
-    on_bad: OnBad
-    progress: Progress | None
+    size: int | None = None
+    fit: Fit = "crop"
+    on_bad: OnBad = "skip"
+    progress: Progress | None = None
+    cache: Path | None = None
     bad: list[Bad] = field(default_factory=list)
 
     def reject(self, bad: Bad) -> None:
@@ -85,9 +102,11 @@ class Reading:
             )
         self.bad.append(bad)
 
-    def over(self, items: list[Item], work: Callable[[BinaryIO], T], stage: str) -> tuple[list[Item], list[T]]:
-        """The items on which `work` succeeds, with its results; the others are rejected."""
-        kept, results = [], []
+    def over(
+        self, items: list[Item], work: Callable[[BinaryIO], T], stage: str, take: Callable[[T], None]
+    ) -> list[Item]:
+        """The items on which `work` succeeds, whose results are taken one by one; the others are rejected."""
+        kept = []
         told = -math.inf
         chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders release the interpreter's lock
@@ -98,67 +117,31 @@ class Reading:
                         self.reject(result)
                     else:
                         kept.append(item)
-                        results.append(result)
+                        take(result)
                 if self.progress and (number == len(chunks) or time.monotonic() - told >= 0.5):
                     self.progress(stage, min(number * CHUNK, len(items)), len(items))
                     told = time.monotonic()
         finally:
             pool.shutdown(cancel_futures=True)
-        return kept, results
+        return kept
 
 
-def read_folder(root: Path, *, size: int | None, on_bad: OnBad, progress: Progress | None) -> Examples:
+def read_folder(root: Path, reading: Reading) -> Examples:
     """All images below a folder; hidden files, `__MACOSX` and what has no image suffix are passed over.
 
     Raises:
         DataError: if nothing can be read, or if something cannot and `on_bad` is "fail".
     """
-    reading = Reading(printable(str(root)), on_bad, progress)
     items = []
-    for found in _walk(root, "", set()):
+    for found in _walk(root, "", set(), root.resolve()):
         if isinstance(found, Bad):
             reading.reject(found)
         else:
             items.append(found)
-    return _read(reading, items, size)
+    return read_items(reading, items)
 
 
-def read_zip(path: Path, *, size: int | None, on_bad: OnBad, progress: Progress | None) -> Examples:
-    """All images in a zip archive, under the rules of `read_folder`; nothing is unpacked to disk.
-
-    Raises:
-        DataError: if the archive is damaged, holds a member that points outside it, or is out of bounds; and as
-            `read_folder` does.
-    """
-    where = printable(str(path))
-    try:
-        archive = zipfile.ZipFile(path)
-    except Exception as error:  # a damaged directory surfaces as nearly anything
-        raise DataError(f"{where}: damaged, or no zip archive ({_reason(error)}): pack it again") from None
-    with archive:
-        members = archive.infolist()
-        if len(members) > MAX_MEMBERS:
-            raise DataError(f"{where}: holds {len(members):,} members, at most {MAX_MEMBERS:,} are read")
-        declared = sum(member.file_size for member in members)
-        if declared > MAX_DECLARED:
-            raise DataError(f"{where}: unpacks to {declared:,} bytes, at most {MAX_DECLARED:,} are read")
-        lock = threading.Lock()  # members share one file position
-
-        def opened(member: zipfile.ZipInfo) -> BinaryIO:
-            if member.file_size > MAX_MEMBER:
-                raise ValueError(f"{member.file_size:,} bytes, at most {MAX_MEMBER:,} are read")
-            with lock:
-                return BytesIO(archive.read(member))
-
-        items = []
-        for member in members:
-            parts = _safe_parts(where, member)
-            if not member.is_dir() and not any(map(_passed_over, parts)) and _has_image_suffix(member.filename):
-                items.append(Item("/".join(parts), partial(opened, member)))
-        return _read(Reading(where, on_bad, progress), items, size)
-
-
-def _walk(folder: Path, prefix: str, seen: set[Path]) -> Iterator[Item | Bad]:
+def _walk(folder: Path, prefix: str, seen: set[Path], root: Path) -> Iterator[Item | Bad]:
     real = folder.resolve()
     if real in seen:  # a link to a folder above
         return
@@ -166,7 +149,7 @@ def _walk(folder: Path, prefix: str, seen: set[Path]) -> Iterator[Item | Bad]:
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        yield Bad(prefix or str(folder), _reason(error))
+        yield Bad(prefix or str(folder), reason(error))
         return
     for entry in entries:
         if _passed_over(entry.name):
@@ -175,11 +158,13 @@ def _walk(folder: Path, prefix: str, seen: set[Path]) -> Iterator[Item | Bad]:
         try:
             mode = entry.stat().st_mode
         except OSError as error:
-            yield Bad(name, _reason(error))
+            yield Bad(name, reason(error))
             continue
-        if stat.S_ISDIR(mode):
-            yield from _walk(entry, f"{name}/", seen)
-        elif stat.S_ISREG(mode) and _has_image_suffix(entry.name):  # opening a FIFO would wait for ever
+        if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+            yield Bad(name, "a link that leads out of the folder")
+        elif stat.S_ISDIR(mode):
+            yield from _walk(entry, f"{name}/", seen, root)
+        elif stat.S_ISREG(mode) and is_wanted(entry.name):  # opening a FIFO would wait for ever
             yield Item(name, partial(_binary, entry))
 
 
@@ -187,58 +172,113 @@ def _binary(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
-def _safe_parts(where: str, member: zipfile.ZipInfo) -> list[str]:
-    name = member.filename.replace("\\", "/")
+def is_wanted(name: str) -> bool:
+    """Whether a file of this name, a path with "/", is an image or metadata of images by its name."""
     parts = name.split("/")
-    if name.startswith("/") or parts[0].endswith(":") or ".." in parts or stat.S_ISLNK(member.external_attr >> 16):
-        raise DataError(
-            f"{where}: member {printable(member.filename)!r} points outside the archive, which is refused: "
-            "pack it again with plain relative names and no links"
-        )
-    return [part for part in parts if part not in ("", ".")]
+    known = os.path.splitext(parts[-1])[1].lower() in SUFFIXES or parts[-1] in metadata.NAMES  # noqa: PTH122
+    return known and not any(map(_passed_over, parts))
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a file, in a few words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"more than {MAX_PIXELS:,} pixels"
+    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return printable(words.partition("\n")[0][:120].rstrip(".")) or type(error).__name__
+
+
+def read_items(reading: Reading, items: list[Item]) -> Examples:
+    """The images among files, decoded and brought to one size, with classes from metadata or from their folders.
+
+    With a cache, what has been decoded before is not decoded again.
+
+    Raises:
+        DataError: if there is none, or something cannot be read and `reading.on_bad` is "fail".
+    """
+    if reading.cache is None:
+        return _decoded(reading, items)
+    digests: list[str] = []
+    items = reading.over(items, cache.digest, "comparing", digests.append)
+    how = [reading.size, reading.fit, list(map(str, reading.bad))]
+    key = cache.key_of(zip((item.name for item in items), digests, strict=True), how)
+    found = cache.find(reading.cache, key)
+    if found is not None and (reading.on_bad == "skip" or not found.bad):
+        return found
+    examples = _decoded(reading, items)
+    try:
+        cache.keep(reading.cache, key, examples)
+    except DataError:  # too few to be divided, which is said by who divides them
+        return examples
+    except OSError as error:
+        return replace(examples, notes=(*examples.notes, f"the cache could not be written ({reason(error)})"))
+    return examples
+
+
+def _decoded(reading: Reading, items: list[Item]) -> Examples:
+    bad, size = reading.bad, reading.size
+    items, notes = _labelled(reading, sorted(items, key=lambda item: item.name))
+    if not items and not bad:
+        raise DataError(f"{reading.where}: holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
+    items, said = _own_split(items)
+    notes += said
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd metadata; the pixels are judged by themselves
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        items, pixels = _decode_all(reading, items)
+    if not items:
+        raise DataError(f"{reading.where}: nothing in it can be read as an image ({bad[0]})")
+    if size is None and len({item.size for item in items}) > 1:
+        notes.append("sizes differ: {} {}x{}".format(BROUGHT[reading.fit], *_common(items)))
+    if bad:
+        more = "; ..." if len(bad) > NAMED else ""
+        notes.append(f"skipped {len(bad):,} unreadable ({'; '.join(map(str, bad[:NAMED]))}{more})")
+    classes, labels = _classes(items)
+    return Examples(
+        x=pixels.x,
+        levels=256,
+        labels=labels,
+        classes=classes,
+        held_out=None if items[0].held_out is None else np.array([item.held_out for item in items]),
+        files=tuple(File(item.name, *item.size, item.mode) for item in items),
+        bad=tuple(map(str, bad)),
+        notes=tuple(notes),
+    )
+
+
+def _labelled(reading: Reading, items: list[Item]) -> tuple[list[Item], list[str]]:
+    """The images, with their classes where metadata files name them; what these do not list is left out then."""
+    beside = [item for item in items if item.name.rpartition("/")[2] in metadata.NAMES]
+    images = [item for item in items if item.name.rpartition("/")[2] not in metadata.NAMES]
+    labels: dict[str, str] = {}
+    for item, found in _attempt(metadata.read, beside):
+        if isinstance(found, Bad):
+            reading.reject(found)
+        else:
+            folder = item.name.rpartition("/")[0]
+            labels |= {f"{folder}/{name}".lstrip("/"): label for name, label in found.items()}
+    if not labels:
+        return images, []
+    there = {item.name for item in images}
+    for name in labels.keys() - there:
+        reading.reject(Bad(name, "listed in the metadata, and not there"))
+    left_out = len(there - labels.keys())
+    said = [f"left out {left_out:,} images that the metadata does not list"] if left_out else []
+    return [replace(item, label=labels[item.name]) for item in images if item.name in labels], said
 
 
 def _passed_over(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _has_image_suffix(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES  # noqa: PTH122 (a member of an archive is not a path)
-
-
-def _read(reading: Reading, items: list[Item], size: int | None) -> Examples:
-    bad = reading.bad
-    if not items and not bad:
-        raise DataError(f"{reading.where}: holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
-    items, notes = _own_split(sorted(items, key=lambda item: item.name))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd metadata; the pixels are judged by themselves
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        items, pixels = _decode_all(reading, items, size)
-    if not items:
-        raise DataError(f"{reading.where}: nothing in it can be read as an image ({bad[0]})")
-    if size is None and len({item.size for item in items}) > 1:
-        notes.append("sizes differ: centre-cropped and resized to {}x{}".format(*_common(items)))
-    if bad:
-        more = "; ..." if len(bad) > NAMED else ""
-        notes.append(f"skipped {len(bad):,} unreadable ({'; '.join(map(str, bad[:NAMED]))}{more})")
-    classes, labels = _classes(items)
-    return Examples(
-        x=stack(pixels),
-        levels=256,
-        labels=labels,
-        classes=classes,
-        held_out=None if items[0].held_out is None else np.array([item.held_out for item in items]),
-        skipped=len(bad),
-        notes=tuple(notes),
-    )
-
-
-def _decode_all(reading: Reading, items: list[Item], size: int | None) -> tuple[list[Item], list[NDArray[np.uint8]]]:
+def _decode_all(reading: Reading, items: list[Item]) -> tuple[list[Item], Stack]:
     """The items that can be read, and their pixels at one size."""
+    size = reading.size
     if size is None:
-        items, sizes = reading.over(items, measure, "measuring")
-        items = [replace(item, size=own) for item, own in zip(items, sizes, strict=True)]
+        measured: list[tuple[int, int, str]] = []
+        items = reading.over(items, measure, "measuring", measured.append)
+        items = [replace(item, size=own[:2], mode=own[2]) for item, own in zip(items, measured, strict=True)]
     while True:
         width, height = (size, size) if size else _common(items)
         if 3 * width * height * len(items) > MAX_MEMORY:
@@ -246,7 +286,9 @@ def _decode_all(reading: Reading, items: list[Item], size: int | None) -> tuple[
                 f"{reading.where}: {len(items):,} images of {width}x{height} take more than {MAX_MEMORY:,} bytes: "
                 "ask for a smaller size"
             )
-        kept, pixels = reading.over(items, partial(decode, width=width, height=height), "decoding")
+        pixels = Stack(len(items), width, height)
+        work = partial(decode, width=width, height=height, fit=reading.fit)
+        kept = reading.over(items, work, "decoding", pixels.add)
         if size or _common(kept) == (width, height):
             return kept, pixels
         items = kept  # a damaged file has decided the size of the sound ones: once more without it
@@ -271,7 +313,10 @@ def _own_split(items: list[Item]) -> tuple[list[Item], list[str]]:
 
 
 def _classes(items: list[Item]) -> tuple[tuple[str, ...] | None, NDArray[np.int64] | None]:
-    """The folders that hold images as classes, if every image is in one, none holds another, and there are two."""
+    """Classes from metadata; or the folders that hold images, if every image is in one, none holds another, and there
+    are two."""
+    if items[0].label is not None:
+        return numbered([str(item.label) for item in items])
     split = items[0].held_out is not None
     folders = [tuple(part for part in _folders(item) if not (split and part.lower() in SIDES)) for item in items]
     if not all(folders) or not {parts[:-1] for parts in folders}.isdisjoint(folders):
@@ -297,17 +342,8 @@ def _attempt(work: Callable[[BinaryIO], T], items: list[Item]) -> list[tuple[Ite
         except MemoryError:
             raise
         except Exception as error:  # a damaged or hostile file can raise nearly anything
-            tried.append((item, Bad(item.name, _reason(error))))
+            tried.append((item, Bad(item.name, reason(error))))
     return tried
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return f"more than {MAX_PIXELS:,} pixels"
-    words = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return printable(words.partition("\n")[0][:120].rstrip(".")) or type(error).__name__
 
 
 def _common(items: list[Item]) -> tuple[int, int]:

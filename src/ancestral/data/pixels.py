@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
+from ancestral.data.dataset import Fit
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -22,14 +24,16 @@ MAX_PIXELS = 2**26  # of one image, before it is decoded: 8192 x 8192
 GAP = 3  # reduce in whole steps to no less than this many times the target, then Lanczos
 
 
-def measure(file: BinaryIO) -> tuple[int, int]:
-    """Width and height of the upright image, from the header alone."""
+def measure(file: BinaryIO) -> tuple[int, int, str]:
+    """Width and height of the upright image and the mode of its pixels, from the header alone."""
     with _opened(file) as image:
-        return (image.height, image.width) if _orientation(image) >= 5 else (image.width, image.height)
+        if _orientation(image) >= 5:
+            return image.height, image.width, image.mode
+        return image.width, image.height, image.mode
 
 
-def decode(file: BinaryIO, *, width: int, height: int) -> NDArray[np.uint8]:
-    """The first frame, upright and opaque, cropped and resized: (H, W) where it is grey, (H, W, 3) otherwise."""
+def decode(file: BinaryIO, *, width: int, height: int, fit: Fit = "crop") -> NDArray[np.uint8]:
+    """The first frame, upright and opaque, at this size: (H, W) where it is grey, (H, W, 3) otherwise."""
     with _opened(file) as image:
         shrink = min(image.width / width, image.height / height)
         # Lets a JPEG leave out detail that the resize would throw away.
@@ -38,20 +42,39 @@ def decode(file: BinaryIO, *, width: int, height: int) -> NDArray[np.uint8]:
         turn = UPRIGHT.get(_orientation(image))
         flat = _eight_bit(image if turn is None else image.transpose(turn))
     if flat.size != (width, height):
-        flat = _fit(flat, width, height)
+        flat = _fitted(flat, width, height, fit)
     pixels = np.asarray(flat)
     if pixels.ndim == 3 and (pixels == pixels[..., :1]).all():
         return pixels[..., 0].copy()
     return pixels
 
 
-def stack(pixels: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """One array (N, C, H, W): C = 1 where every image is grey, 3 otherwise."""
-    channels = 3 if any(image.ndim == 3 for image in pixels) else 1
-    x = np.empty((len(pixels), channels, *pixels[0].shape[:2]), dtype=np.uint8)
-    for row, image in zip(x, pixels, strict=True):
-        row[:] = image.transpose(2, 0, 1) if image.ndim == 3 else image
-    return x
+class Stack:
+    """One array (N, C, H, W) of images as they come: C = 1 as long as every image is grey, 3 from then on.
+
+    Args:
+        capacity: images that will come, at most.
+    """
+
+    def __init__(self, capacity: int, width: int, height: int) -> None:
+        self.room: NDArray[np.uint8] = np.empty((capacity, 0, height, width), dtype=np.uint8)
+        self.count = 0
+
+    def add(self, image: NDArray[np.uint8]) -> None:
+        """Take the next image, (H, W) or (H, W, 3)."""
+        channels = 3 if image.ndim == 3 else 1
+        if channels > self.room.shape[1]:
+            wider = np.empty((len(self.room), channels, *self.room.shape[2:]), dtype=np.uint8)
+            if self.count:
+                wider[: self.count] = self.room[: self.count]
+            self.room = wider
+        self.room[self.count] = image.transpose(2, 0, 1) if channels == 3 else image
+        self.count += 1
+
+    @property
+    def x(self) -> NDArray[np.uint8]:
+        """The images so far."""
+        return self.room[: self.count]
 
 
 @contextmanager
@@ -88,10 +111,21 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The largest centred part of the target's proportions, resized to it."""
-    shrink = min(image.width / width, image.height / height)
-    across, down = round(width * shrink), round(height * shrink)
-    left, top = (image.width - across) // 2, (image.height - down) // 2
-    part = image.crop((left, top, left + across, top + down))
-    return part.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=GAP)
+def _fitted(image: Image.Image, width: int, height: int, fit: Fit) -> Image.Image:
+    """The image at the target's size: what `Fit` says."""
+    if fit == "pad":
+        shrink = max(image.width / width, image.height / height)
+        whole = _resized(image, max(1, round(image.width / shrink)), max(1, round(image.height / shrink)))
+        canvas = Image.new(image.mode, (width, height))
+        canvas.paste(whole, ((width - whole.width) // 2, (height - whole.height) // 2))
+        return canvas
+    if fit == "crop":
+        shrink = min(image.width / width, image.height / height)
+        across, down = round(width * shrink), round(height * shrink)
+        left, top = (image.width - across) // 2, (image.height - down) // 2
+        image = image.crop((left, top, left + across, top + down))
+    return _resized(image, width, height)
+
+
+def _resized(image: Image.Image, width: int, height: int) -> Image.Image:
+    return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=GAP)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ancestral import data as sources
 from ancestral.data import Data, draw
-from ancestral.data.dataset import Progress
+from ancestral.data.dataset import Fit, Progress
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import Diverged, NoSpace, RunError, Stopped
 from ancestral.protocol import Batch, Watchful
@@ -332,7 +332,15 @@ def reload(run: Path, progress: Progress | None = None) -> Data:
         source, size, on_bad = record["source"], record["size"], record["on_bad"]
     except (OSError, ValueError, KeyError, TypeError):
         raise RunError(f"{path}: does not say what the run was trained on; name the data with --data") from None
-    return sources.load(source, size=size, on_bad=on_bad, progress=progress)
+    return sources.load(source, size=size, fit=fit_of(run), on_bad=on_bad, progress=progress)
+
+
+def fit_of(run: Path) -> Fit:
+    """How the images that a run was trained on came to their size."""
+    try:
+        return json.loads((checkpoint.run_of(run) / "run.json").read_text())["data"]["fit"]
+    except (OSError, ValueError, KeyError, TypeError):  # a run from before there was a choice, or a model alone
+        return "crop"
 
 
 def _metrics(record: Record) -> dict[str, Any]:

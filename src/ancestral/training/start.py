@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from ancestral import data as sources
 from ancestral.data import Data, draw
-from ancestral.data.dataset import OnBad, Progress
+from ancestral.data.dataset import Fit, OnBad, Progress
 from ancestral.errors import OptionError, RunError
 from ancestral.training import checkpoint, durable, loop, recipes, resources
 from ancestral.training.loop import State
@@ -62,6 +62,7 @@ class Wishes(TypedDict, total=False):
         steps: number of steps, in place of minutes.
         seed: of initialisation, batches, noise and times; 0 by default.
         size: side to which images are brought.
+        fit: how images of other proportions get there: "crop" (the default), "pad" or "stretch".
         family: "diffusion" (the default), "vae", "flow" or "gan".
         recipe: name of a recipe; by default the one of the family for data of this shape.
         preset: name of a network of `recipes.PRESETS`; by default the recipe's own.
@@ -73,6 +74,7 @@ class Wishes(TypedDict, total=False):
     steps: int | None
     seed: int | None
     size: int | None
+    fit: Fit | None
     family: Family | None
     recipe: str | None
     preset: str | None
@@ -102,8 +104,9 @@ def plan(
     Raises:
         UserError: in one sentence, if anything is wrong with the input, or the model does not fit into memory.
     """
-    size, on_bad, seed = wishes.get("size"), wishes.get("on_bad") or "skip", _seed(wishes, 0)
-    data = _data(source, size, on_bad, progress)
+    size, fit, on_bad = wishes.get("size"), wishes.get("fit") or "crop", wishes.get("on_bad") or "skip"
+    seed = _seed(wishes, 0)
+    data = _data(source, size, fit, on_bad, progress)
     setup = _settled(_chosen(data, wishes), wishes)
     model = recipes.build(setup, data.facts, seed).to(group.device)
     cost = resources.cost(model, setup, data)  # a set-up that cannot run fails here
@@ -120,7 +123,13 @@ def plan(
         "status": "ready",
         "seed": seed,
         "argv": list(argv),
-        "data": {"source": data.facts.source, "size": size, "on_bad": on_bad, "digest": data.facts.digest},
+        "data": {
+            "source": data.facts.source,
+            "size": size,
+            "fit": fit,
+            "on_bad": on_bad,
+            "digest": data.facts.digest,
+        },
         **({"seconds_per_step": round(seconds, 6)} if seconds else {}),
         "sessions": [],
     }
@@ -169,7 +178,8 @@ def prepare(
     record, begun = _read(path, resume is not None)
     was = record["data"]
     size = was["size"] if wishes.get("size") is None else wishes["size"]
-    data = _data(was["source"] if source is None else source, size, wishes.get("on_bad") or was["on_bad"], progress)
+    fit, on_bad = wishes.get("fit") or was.get("fit", "crop"), wishes.get("on_bad") or was["on_bad"]
+    data = _data(was["source"] if source is None else source, size, fit, on_bad, progress)
     if resume is None:
         wanted, seed = _chosen(data, wishes), _seed(wishes, 0)
     elif wishes.get("family") or wishes.get("recipe") or wishes.get("preset"):
@@ -187,8 +197,10 @@ def train(source: str | Path | Data, *, to: str | Path | None = None, **wishes: 
     return run
 
 
-def _data(source: str | Path | Data, size: int | None, on_bad: OnBad, progress: Progress | None) -> Data:
-    return source if isinstance(source, Data) else sources.load(source, size=size, on_bad=on_bad, progress=progress)
+def _data(source: str | Path | Data, size: int | None, fit: Fit, on_bad: OnBad, progress: Progress | None) -> Data:
+    if isinstance(source, Data):
+        return source
+    return sources.load(source, size=size, fit=fit, on_bad=on_bad, progress=progress)
 
 
 def _chosen(data: Data, wishes: Wishes) -> Setup:
