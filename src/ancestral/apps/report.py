@@ -83,7 +83,7 @@ def page(result: Contest, pictures: Mapping[str, Image]) -> str:
             if _of_group(result, name)
         },
         "Stability over seeds": _stability(result),
-        "Training": _drawn(training(result), "Energy distance of the checkpoints of every run, along it."),
+        "Training": _training(result),
         "Cost": _cost(result),
         "What the numbers are": _definitions(result),
     }
@@ -199,6 +199,22 @@ def _stability(result: Contest) -> str:
     )
     says = "Standard deviation between seeds." if names else "One seed says nothing of it: --seeds asks for more."
     return f"<p>{says}</p>" + _table("Deviation between seeds", [escape(row.family) for row in result.rows], rows)
+
+
+def _training(result: Contest) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{words}</th>{"".join(_plain(found.get("energy")) for found in standings)}</tr>'
+        for words, standings in (
+            ("last checkpoint", [row.numbers for row in result.rows]),
+            ("best checkpoint", [row.best for row in result.rows]),
+        )
+    )
+    return (
+        _drawn(training(result), "Energy distance of a few samples of the checkpoints of every run, along it.")
+        + f"<p>{escape(title('energy', result))} of the last checkpoint, and of the one that is best in the "
+        "drawing, which is chosen by other held-out examples than it is measured on:</p>"
+        + _table("Last and best checkpoint", [escape(row.family) for row in result.rows], rows)
+    )
 
 
 def _cost(result: Contest) -> str:
