@@ -157,6 +157,7 @@ def test_finished_runs_are_compared_as_they_are(contest, tmp_path):
         (["ring-8", "--families", "vae,gann"], "did you mean 'gan'"),
         (["ring-8", "grid-25"], "one DATA, or run directories only"),
         (["nowhere-8"], "no file or folder"),
+        (["digits", "-n", "200", "--features", "pixel"], "did you mean 'pixels'"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_a_sentence(arguments, words, tmp_path):

@@ -140,9 +140,9 @@ def compare(planned: Plan, progress: Tell, note: Callable[[str], None]) -> Conte
     Raises:
         Stopped: when asked to by a signal; the same command goes on.
     """
+    bench = Bench(planned.data, n=planned.n, features=planned.features)  # what cannot be compared fails here
     planned.where.mkdir(parents=True, exist_ok=True)
     failed = train(planned, progress, note) if planned.minutes is not None else {}
-    bench = Bench(planned.data, n=planned.n, features=planned.features)
     entrants = []
     for i, (run, family, seed) in enumerate(planned.entries):
         entrants.append(_entrant(planned, bench, run, family, seed, failed.get(run), progress))
