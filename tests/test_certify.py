@@ -19,10 +19,18 @@ from ancestral.diffusion.denoise import ROWS
 from ancestral.diffusion.flow import flow_likelihood
 from ancestral.diffusion.sample import SAMPLERS
 from ancestral.errors import OptionError
-from ancestral.measure import certify as C
-from ancestral.measure import identities, law, order
-from ancestral.measure.certificate import Certificate, LikelihoodRow, SamplerRow
-from ancestral.measure.subjects import GRIDS, LIKELIHOODS, STANDARD_ERRORS, TARGETS, Likelihood, known_rows, load
+from ancestral.measure.certification import certify as C
+from ancestral.measure.certification import identities, law, order
+from ancestral.measure.certification.certificate import Certificate, LikelihoodRow, SamplerRow
+from ancestral.measure.certification.subjects import (
+    GRIDS,
+    LIKELIHOODS,
+    STANDARD_ERRORS,
+    TARGETS,
+    Likelihood,
+    known_rows,
+    load,
+)
 from ancestral.rng import randn_like, stream
 
 NAMES = {"sampler": "wrong", "schedule": "cosine", "predicts": "v"}
@@ -68,7 +76,7 @@ def test_the_record_validates_against_the_published_schema(everything):
 
 
 def test_the_published_schema_is_the_one_in_the_code():
-    """Renew with: python -m ancestral.measure.certificate > docs/certify.schema.json."""
+    """Renew with: python -m ancestral.measure.certification.certificate > docs/certify.schema.json."""
     assert json.loads((DOCS / "certify.schema.json").read_text()) == Certificate.model_json_schema()
 
 

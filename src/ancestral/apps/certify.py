@@ -3,8 +3,16 @@
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 
-from ancestral.measure.certificate import Certificate, LawRow, LikelihoodRow, Point, ProcessRow, Row, SamplerRow
-from ancestral.measure.law import BUDGETS
+from ancestral.measure.certification.certificate import (
+    Certificate,
+    LawRow,
+    LikelihoodRow,
+    Point,
+    ProcessRow,
+    Row,
+    SamplerRow,
+)
+from ancestral.measure.certification.law import BUDGETS
 
 
 def lines(found: Certificate) -> list[str]:

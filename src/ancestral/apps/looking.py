@@ -74,7 +74,7 @@ def certify(
     with guarded(as_json, debug):
         from ancestral.apps import certify as told
         from ancestral.apps.progress import Progress
-        from ancestral.measure import certify as grading
+        from ancestral.measure.certification import certify as grading
 
         with Progress() as progress:
             found = grading.certify(

@@ -1,6 +1,6 @@
 """The record of a certificate: what `ancestral certify --json` prints, with its schema.
 
-Renew the published schema with: python -m ancestral.measure.certificate > docs/certify.schema.json
+Renew the published schema with: python -m ancestral.measure.certification.certificate > docs/certify.schema.json
 """
 
 import json

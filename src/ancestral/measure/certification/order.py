@@ -16,7 +16,7 @@ from ancestral.diffusion.flow import MAX_STEP
 from ancestral.diffusion.process import CONSTRAINTS, Process
 from ancestral.diffusion.sample import Point, Sampler, walk
 from ancestral.errors import OptionError
-from ancestral.measure.subjects import ROUNDING, Found
+from ancestral.measure.certification.subjects import ROUNDING, Found
 from ancestral.rng import randn, stream, streams
 
 COUNTS = (32, 48, 72, 108)

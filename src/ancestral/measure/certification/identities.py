@@ -17,8 +17,8 @@ from ancestral.diffusion.flow import end
 from ancestral.diffusion.likelihood import mean_and_stderr
 from ancestral.diffusion.process import Process
 from ancestral.errors import OptionError
-from ancestral.measure.order import at, whole
-from ancestral.measure.subjects import ROUNDING, STANDARD_ERRORS, Found, Likelihood, Target
+from ancestral.measure.certification.order import at, whole
+from ancestral.measure.certification.subjects import ROUNDING, STANDARD_ERRORS, Found, Likelihood, Target
 from ancestral.rng import rand, randn, stream
 
 SOLVED = 1e-3

@@ -15,9 +15,9 @@ from ancestral.diffusion.denoise import exact
 from ancestral.diffusion.grids import Grid
 from ancestral.diffusion.process import Process
 from ancestral.diffusion.sample import Sampler
-from ancestral.measure.certificate import Floor, Point
-from ancestral.measure.order import whole
-from ancestral.measure.subjects import STANDARD_ERRORS, Found
+from ancestral.measure.certification.certificate import Floor, Point
+from ancestral.measure.certification.order import whole
+from ancestral.measure.certification.subjects import STANDARD_ERRORS, Found
 from ancestral.rng import randn, stream, streams
 
 BUDGETS = (5, 10, 20, 50)

@@ -22,9 +22,9 @@ from torch import nn
 
 from ancestral import toys
 from ancestral.diffusion.denoise import NetworkDenoiser
-from ancestral.measure import identities, law, order
-from ancestral.measure.certificate import Certificate, LawRow, LikelihoodRow, ProcessRow, Row, SamplerRow
-from ancestral.measure.subjects import Found, Subjects, known_rows, said, subjects
+from ancestral.measure.certification import identities, law, order
+from ancestral.measure.certification.certificate import Certificate, LawRow, LikelihoodRow, ProcessRow, Row, SamplerRow
+from ancestral.measure.certification.subjects import Found, Subjects, known_rows, said, subjects
 
 AnyRow = TypeVar("AnyRow", bound=Row)
 Progress = Callable[[str, int, int], None]
