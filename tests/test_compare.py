@@ -1,6 +1,10 @@
 """Comparing families: intervals over seeds that hold what they say, who differs from whom, and the report."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import torch
 from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
+from ancestral.apps import comparing
 from ancestral.apps.cli import app
 from ancestral.apps.output import number
 from ancestral.measure.compare import Contest, Entrant, difference, over_seeds, rows
@@ -149,6 +154,46 @@ def test_finished_runs_are_compared_as_they_are(contest, tmp_path):
     assert found["minutes"] is None
     first = next(each for each in record["entrants"] if each["run"] == runs[0])
     assert found["entrants"][0]["numbers"]["energy"] == first["numbers"]["energy"]
+
+
+def test_a_run_that_collapsed_is_counted_and_what_is_wrong_with_the_input_is_said(tmp_path, monkeypatch):
+    def ends(code: int):
+        def started(planned, run, family, seed):
+            say = f"import sys; print('ancestral: seed {seed} came to nothing', file=sys.stderr); sys.exit({code})"
+            with run.with_name(f"{run.name}.log").open("a") as log:
+                return subprocess.Popen([sys.executable, "-c", say], stderr=log)
+
+        return started
+
+    arguments = ["compare", "ring-8", "--families", "gan", "--seeds", "2", "--to", str(tmp_path / "x"), "--json"]
+    monkeypatch.setattr(comparing, "_started", ends(2))
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2
+    assert "seed 0 came to nothing" in refused.stderr
+    monkeypatch.setattr(comparing, "_started", ends(5))
+    found = CliRunner().invoke(app, arguments)
+    assert found.exit_code == 0, found.output
+    (row,) = json.loads(found.stdout)["rows"]
+    assert (row["runs"], row["failed"], row["numbers"]) == (2, 2, {})
+    assert "seed 1 came to nothing" in (tmp_path / "x" / "report.html").read_text()
+
+
+def test_a_comparison_that_is_stopped_leaves_nothing_running_and_goes_on(tmp_path):
+    where = tmp_path / "x"
+    command = [sys.executable, "-m", "ancestral", "compare", "ring-8", "--families", "vae", "--seeds", "1"]
+    command += ["--minutes", "0.2", "-n", "200", "--to", str(where), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = where / "runs" / "vae-0" / "run.json"
+    while not (run.is_file() and json.loads(run.read_text())["status"] == "training"):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert json.loads(run.read_text())["status"] == "stopped"
+    again = CliRunner().invoke(app, command[3:])
+    assert again.exit_code == 0, again.output
+    assert json.loads(run.read_text())["status"] == "finished"
 
 
 @pytest.mark.parametrize(
