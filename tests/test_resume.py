@@ -261,7 +261,7 @@ def test_only_settings_that_do_not_enter_the_weights_may_change(tmp_path):
     next(steps)
     steps.close()
     for options, sentence in [
-        ({"changes": ["training.rate=0.1"]}, r"training\.rate 0\.001 -> 0\.1"),
+        ({"changes": ["training.rate=0.1"]}, r"training\.rate 0\.003 -> 0\.1"),
         ({"changes": ["mlp.width=8"]}, r"mlp\.width 16 -> 8"),
         ({"steps": 13}, r"training\.steps 12 -> 13"),
         ({"seed": 1}, "seed 0 -> 1"),
