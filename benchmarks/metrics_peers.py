@@ -2,9 +2,9 @@
 
 Run it where these are installed beside ours, which need not be where ours is developed:
 
-    python3 -m venv /tmp/peers
-    /tmp/peers/bin/pip install . prdc torchmetrics
-    /tmp/peers/bin/python benchmarks/metrics_peers.py
+    python3 -m venv .venv-metrics
+    .venv-metrics/bin/pip install . prdc torchmetrics
+    .venv-metrics/bin/python benchmarks/metrics_peers.py
 
 It prints each pair of numbers with their relative difference, and ends with exit code 1 if one exceeds the limit.
 """
