@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ancestral.data import Data
 from ancestral.errors import DataError
-from ancestral.measure.features import named
+from ancestral.measure.features import Features, named
 from ancestral.measure.metrics import copying, coverage, distances, twosample
 from ancestral.measure.metrics.intervals import around, share
 from ancestral.measure.record import Interval
@@ -236,7 +236,7 @@ class Bench:
         learnt = torch.from_numpy(stream(seed, 2).permutation(len(data.train)))
         self._against, self._other = data.held_out[order[: self.n]], data.held_out[order[self.n : 2 * self.n]]
         self._training = data.train[learnt[: self.n]]
-        self._features = named(features or ("encoder" if data.facts.is_image else "pixels"), data)
+        self._features: Features = named(features or ("encoder" if data.facts.is_image else "pixels"), data)
 
     @property
     def features(self) -> str:
@@ -252,10 +252,14 @@ class Bench:
             x=self._vectors(samples),
             held_out=self._vectors(against),
             training=self._vectors(self._training),
-            features=(features(samples), features(against)),
+            features=(features(samples), self._seen),
             labels=(features.labels(samples), features.labels(against)) if features.classify else None,
         )
         return {name: found for name, metric in METRICS.items() if (found := metric.of(sets))}
+
+    @cached_property
+    def _seen(self) -> Tensor:
+        return self._features(self._against)
 
     def aside(self, samples: Tensor) -> Interval:
         """The energy distance from examples that no other number is made with, to choose between models by."""
