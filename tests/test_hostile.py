@@ -471,7 +471,11 @@ class TestTables:
     def test_so_it_is_when_gzipped(self, attempt, name):
         assert attempt("t.tsv.gz", gzip.compress(TABLES[name], 1)).refused_or_counted
 
-    @pytest.mark.parametrize("content", [b"", b"text", b"\x1f\x8b", gzip.compress(b"a,b\n1,2\n" * 99)[:-9]])
+    @pytest.mark.parametrize(
+        "content",
+        [b"", b"text", b"\x1f\x8b", gzip.compress(b"a,b\n1,2\n" * 99)[:-9]],
+        ids=["empty", "text", "its mark alone", "cut"],
+    )
     def test_gzip_that_is_none_is_refused(self, attempt, content):
         assert attempt("t.csv.gz", content).refused
 
