@@ -271,7 +271,7 @@ def test_only_settings_that_do_not_enter_the_weights_may_change(tmp_path):
             begin(tmp_path / "run", **options)
     with pytest.raises(RunError, match=r"training\.rate"):
         start.prepare(resume=tmp_path / "run", changes=["training.rate=0.1"])
-    with pytest.raises(OptionError, match="has its family, recipe and preset"):
+    with pytest.raises(OptionError, match="has its family, recipe, preset and weights"):
         start.prepare(resume=tmp_path / "run", recipe="vectors")
     with pytest.raises(OptionError, match="received both"):
         start.prepare(resume=tmp_path / "run", to=tmp_path / "run")
@@ -297,6 +297,59 @@ def test_minutes_that_became_steps_stay_those_steps(tmp_path):
     next(steps)
     steps.close()
     assert start.prepare("ring-8", **options).total == made.total
+
+
+def test_weights_of_another_run_are_where_a_run_begins(tmp_path):
+    finish(begin(tmp_path / "first"))
+    made = begin(tmp_path / "second", steps=8, weights=tmp_path / "first")
+    assert made.setup.mlp == checkpoint.open_run(tmp_path / "first").setup.mlp
+    begun, ended = (checkpoint.load(path).sample(50, rng=0) for path in (tmp_path / "second", tmp_path / "first"))
+    assert begun.equal(ended)
+    finish(made)
+    assert not checkpoint.load(tmp_path / "second").sample(50, rng=0).equal(ended)
+    assert made.record["weights"]["step"] == 12
+    other = start.prepare("swiss-roll", to=tmp_path / "other", steps=2, weights=tmp_path / "first")
+    theirs = checkpoint.open_run(tmp_path / "first").model.players()["denoiser"].module.state_dict()
+    mine = other.model.players()["denoiser"].module.state_dict()
+    assert all(mine[name].equal(theirs[name]) for name in theirs)
+
+
+def test_a_run_from_weights_goes_on_to_the_bit_and_without_them(tmp_path):
+    finish(begin(tmp_path / "first"))
+    for name in ("whole", "run"):
+        made = begin(tmp_path / name, steps=8, weights=tmp_path / "first", every=2)
+        steps = made.steps()
+        for _ in range(3):
+            next(steps)
+        if name == "run":
+            steps.close()
+            begin(tmp_path / name, steps=8, weights=tmp_path / "first", every=2).lock.release()  # the same command
+            shutil.rmtree(tmp_path / "first")
+            made = start.prepare(resume=tmp_path / name)
+            steps = made.steps()
+        for _ in steps:
+            pass
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    finish(begin(tmp_path / "first"))
+    begin(tmp_path / "plain").lock.release()
+    first = tmp_path / "first"
+    for options, sentence in [
+        ({"recipe": "vectors"}, "weights have their family, recipe and preset"),
+        ({"changes": ["mlp.width=8"]}, "weights of another network, made for data of shape"),
+        ({"source": "digits"}, r"data of shape \(2,\) with no levels and no classes \(size mismatch"),
+    ]:
+        with pytest.raises(OptionError, match=sentence):
+            begin(tmp_path / "new", weights=first, **options)
+    with pytest.raises(RunError, match="was begun with other weights, random ones"):
+        begin(tmp_path / "plain", weights=first)
+    with pytest.raises(RunError, match="train on from what it has learnt with --from"):
+        begin(tmp_path / "plain", steps=13)
+    with pytest.raises(OptionError, match="preset and weights; leave them out"):
+        start.prepare(resume=tmp_path / "plain", weights=first)
+    assert not (tmp_path / "new").exists()
 
 
 def test_two_processes_do_not_train_the_same_run(tmp_path):

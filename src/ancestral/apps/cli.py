@@ -50,6 +50,12 @@ def train(
         Path | None, typer.Option(help="Run directory, which goes on if it is one; by default the next runs/NAME-0001.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with this run, as it was begun.")] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", help="Begin with its weights: to train longer, or on other data of its kind."
+        ),
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Of training; turned into steps by measuring the pace.")] = None,
     steps: Annotated[int | None, typer.Option(help="Number of steps, in place of minutes.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of everything random, recorded; 0 by default.")] = None,
@@ -94,6 +100,7 @@ def train(
             preset=preset,
             changes=[*(changes or []), *every],
             on_bad=None if on_bad is None else "fail" if on_bad == "fail" else "skip",
+            weights=weights,
         )
         argv = ["ancestral", *sys.argv[1:]]
         with signals() as asked, processes.join() as group, Progress(quiet=not group.first) as progress:
@@ -115,6 +122,8 @@ def train(
                 f"recipe {run.setup.recipe}: {parameters:,} parameters, {run.total:,} steps of "
                 f"{run.setup.training.batch} examples, seed {run.seed}"
             )
+            if begun := run.record.get("weights"):
+                say(f"begun with the weights of {begun['run']} after its step {begun['step']:,}")
             if run.done:
                 say(f"goes on after step {run.done:,}" if run.done < run.total else "has been trained to its end")
             if run.done and run.rounding:

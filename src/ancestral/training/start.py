@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -17,6 +18,7 @@ from ancestral.data import Data, draw
 from ancestral.data.dataset import Fit, OnBad, Progress
 from ancestral.errors import OptionError, RunError
 from ancestral.training import checkpoint, durable, loop, recipes, resources
+from ancestral.training.checkpoint import Saved
 from ancestral.training.loop import State
 from ancestral.training.processes import ALONE, Processes
 from ancestral.training.recipes import Model
@@ -68,6 +70,8 @@ class Wishes(TypedDict, total=False):
         preset: name of a network of `recipes.PRESETS`; by default the recipe's own.
         changes: `section.key=value` settings that replace the recipe's.
         on_bad: "skip" files that cannot be read and count them (the default), or "fail".
+        weights: a run, or a checkpoint inside one, whose averaged weights are begun with, in its set-up: to train for
+            longer, or on other data of the same kind. The optimiser, the averages and the schedules begin anew.
     """
 
     minutes: float | None
@@ -80,6 +84,7 @@ class Wishes(TypedDict, total=False):
     preset: str | None
     changes: Sequence[str]
     on_bad: OnBad | None
+    weights: str | Path | None
 
 
 def plan(
@@ -107,8 +112,12 @@ def plan(
     size, fit, on_bad = wishes.get("size"), wishes.get("fit") or "crop", wishes.get("on_bad") or "skip"
     seed = _seed(wishes, 0)
     data = _data(source, size, fit, on_bad, progress)
-    setup = _settled(_chosen(data, wishes), wishes)
-    model = recipes.build(setup, data.facts, seed).to(group.device)
+    weights = _weights(wishes)
+    setup = _settled(_chosen(data, wishes, weights), wishes)
+    model = recipes.build(setup, data.facts, seed)
+    if weights:
+        _begin_with(model, weights)
+    model.to(group.device)
     cost = resources.cost(model, setup, data)  # a set-up that cannot run fails here
     at_a_time = setup.training.batch // (group.count * setup.training.accumulate)
     resources.refuse_if_too_large(cost, at_a_time, min(group.gathered(resources.available_memory())) // group.local)
@@ -130,6 +139,7 @@ def plan(
             "on_bad": on_bad,
             "digest": data.facts.digest,
         },
+        **({"weights": _origin(weights)} if weights else {}),
         **({"seconds_per_step": round(seconds, 6)} if seconds else {}),
         "sessions": [],
     }
@@ -181,9 +191,15 @@ def prepare(
     fit, on_bad = wishes.get("fit") or was.get("fit", "crop"), wishes.get("on_bad") or was["on_bad"]
     data = _data(was["source"] if source is None else source, size, fit, on_bad, progress)
     if resume is None:
-        wanted, seed = _chosen(data, wishes), _seed(wishes, 0)
-    elif wishes.get("family") or wishes.get("recipe") or wishes.get("preset"):
-        raise OptionError(f"{path}: a run that goes on has its family, recipe and preset; leave them out")
+        weights = _weights(wishes)
+        if (weights and _origin(weights)["sha256"]) != record.get("weights", {}).get("sha256"):
+            raise RunError(
+                f"{path}: was begun with other weights, {record.get('weights', {}).get('run', 'random ones')}; go on "
+                "with --resume, or train anew with another --to"
+            )
+        wanted, seed = _chosen(data, wishes, weights), _seed(wishes, 0)
+    elif any(wishes.get(name) for name in ("family", "recipe", "preset", "weights")):
+        raise OptionError(f"{path}: a run that goes on has its family, recipe, preset and weights; leave them out")
     else:
         wanted, seed = begun, _seed(wishes, record["seed"])
     return _go_on(path, data, record, begun, _settled(wanted, wishes), seed, argv, group)
@@ -203,8 +219,44 @@ def _data(source: str | Path | Data, size: int | None, fit: Fit, on_bad: OnBad, 
     return sources.load(source, size=size, fit=fit, on_bad=on_bad, progress=progress)
 
 
-def _chosen(data: Data, wishes: Wishes) -> Setup:
-    return recipes.choose(data.facts, wishes.get("recipe"), wishes.get("preset"), wishes.get("family"))
+def _chosen(data: Data, wishes: Wishes, weights: Saved | None) -> Setup:
+    recipe, preset, family = wishes.get("recipe"), wishes.get("preset"), wishes.get("family")
+    if weights is None:
+        return recipes.choose(data.facts, recipe, preset, family)
+    if recipe or preset or family:
+        raise OptionError(f"{weights.path}: weights have their family, recipe and preset; leave them out")
+    return weights.setup
+
+
+def _weights(wishes: Wishes) -> Saved | None:
+    """What a run is begun with, if not with random weights."""
+    run = wishes.get("weights")
+    return None if run is None else checkpoint.open_run(run)
+
+
+def _origin(weights: Saved) -> dict[str, Any]:
+    """Where weights come from, for the record."""
+    digest = sha256((weights.path / checkpoint.WEIGHTS).read_bytes()).hexdigest()
+    return {"run": str(checkpoint.run_of(weights.path)), "step": weights.step, "sha256": digest}
+
+
+def _begin_with(model: Model, weights: Saved) -> None:
+    """Give a model the averaged weights of another.
+
+    Raises:
+        OptionError: if they are of another network.
+    """
+    theirs = weights.model.players()
+    try:
+        for name, player in model.players().items():
+            player.module.load_state_dict(theirs[name].module.state_dict())
+    except (KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1].strip().rstrip(".")
+        raise OptionError(
+            f"{weights.path}: are weights of another network, made for data of shape {weights.facts.shape} with "
+            f"{weights.facts.levels or 'no'} levels and {len(weights.facts.classes or ()) or 'no'} classes ({reason}); "
+            "leave --from out, or what changes the network"
+        ) from None
 
 
 def _settled(setup: Setup, wishes: Wishes) -> Setup:
@@ -312,7 +364,7 @@ def _go_on(
     if changed:
         raise RunError(
             f"{path}: was begun with other settings, so it cannot go on with {', '.join(changed)}; leave these out, "
-            "or train anew with another --to"
+            f"or train on from what it has learnt with --from {path} and another --to"
         )
     if data.facts.digest != record["data"]["digest"]:
         raise RunError(f"{path}: its data has changed since it was begun: {data.facts.source} holds something else now")
