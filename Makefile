@@ -38,7 +38,7 @@ demo: $(INSTALLED)  ## train on digits, sample, evaluate and draw the figures, i
 
 # Two workers of one thread each: on two cores, more threads would only wait for each other.
 test: $(INSTALLED)  ## run every test and every example in a docstring
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q
 
 check: $(INSTALLED)  ## lint, formatting, types, and the direction of imports
 	$(BIN)/ruff check

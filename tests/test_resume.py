@@ -1,6 +1,7 @@
 """A run goes on to the bit: after a signal, after SIGKILL at any moment, and after every fault of a disk."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -62,25 +64,35 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, complaints
 
 
-@pytest.mark.timeout(900)  # some twenty starts of the program, as fast as the machine is
 def test_a_run_killed_at_twenty_random_moments_ends_as_one_that_was_not(tmp_path):
-    """SIGKILL, and the same command again: weights, averages, moments, metrics and set-up are equal byte for byte."""
-    arguments, began = command(tmp_path / "killed", "--steps", "4000", "--checkpoint-every", "150"), time.monotonic()
-    assert ended(launch(*command(tmp_path / "whole", "--steps", "4000", "--checkpoint-every", "150")))[0] == 0
+    """SIGKILL, and the same call again: weights, averages, moments, metrics and set-up are equal byte for byte."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["ancestral.training.start"])
+    wishes = {"steps": 600, "changes": [*TINY, "training.checkpoint_every=20"]}
 
+    def training(name: str) -> BaseProcess:
+        process = processes.Process(target=start.train, args=("ring-8",), kwargs={"to": tmp_path / name, **wishes})
+        process.start()
+        return process
+
+    for name in ("warm", "whole"):
+        began, process = time.monotonic(), training(name)
+        process.join()
+        assert process.exitcode == 0
     took, kills, moments, reached = time.monotonic() - began, 0, stream(int(time.time())), set()
     while kills < 20:
-        process = launch(*arguments)
-        try:
-            process.communicate(timeout=took * float(moments.uniform(0.3, 0.8)))
-            shutil.rmtree(tmp_path / "killed")  # it ended before it could be killed twenty times: once more
-        except subprocess.TimeoutExpired:
+        process = training("killed")
+        process.join(took * float(moments.uniform(0.1, 0.6)))
+        if process.is_alive():
             process.kill()
-            process.communicate()
+            process.join()
             kills += 1
             reached |= {path.name for path in checkpoint.checkpoints(tmp_path / "killed")}
-    code, said = ended(launch(*arguments))
-    assert code == 0, said
+        else:
+            shutil.rmtree(tmp_path / "killed")  # it ended before it could be killed twenty times: once more
+    process = training("killed")
+    process.join()
+    assert process.exitcode == 0
     assert len(reached) > 2, "no kill came after the second checkpoint: the moments test nothing"
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     assert not list((tmp_path / "killed").rglob("*.partial-*"))
