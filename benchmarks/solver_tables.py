@@ -13,15 +13,20 @@ REASONS = {
     "ddim": "theirs steps to t - 1000 // n whatever the next time is",
     "pndm": "theirs steps to t - 1000 // n whatever the next time is",
     "deis-3": "theirs takes coefficients from differences of float32 antiderivatives",
-    "heun": "theirs is Heun in sigma / alpha, ours in (alpha, sigma)",
-    "dpm-2": "theirs is the midpoint rule in sigma / alpha",
+    "heun": "ours weighs the second guess exactly, and takes long steps with x_0_hat",
+    "dpm-2": "ours takes steps of h > 1 with x_0_hat",
+    "lms": "ours leaves out guesses that would multiply errors, and ends with the last one",
+    "dpmpp-2m": "ours leaves out guesses that would multiply errors; theirs lowers the order below 15 steps",
+    "unipc-2": "ours leaves out guesses that would multiply errors; theirs lowers the order below 15 steps",
+    "unipc-3": "ours leaves out guesses that would multiply errors; theirs lowers the order below 15 steps",
+    "deis-2": "ours leaves out guesses that would multiply errors; theirs lowers the order below 15 steps",
     "dpmpp-2s": "theirs takes the inner time from its grid, ours halfway in log-SNR",
     "ancestral": "theirs steps to t - 1000 // n whatever the next time is",
     "sde-dpmpp-3m": "theirs lets the weight of the quadratic term tend to -1 instead of 0",
     "unipc-2-bh1": "theirs divides by an infinite B(h) in the step to no noise",
     "unipc-3-bh1": "theirs divides by an infinite B(h) in the step to no noise",
 }
-"""Known faults of the peers, by the name of the solver."""
+"""Why solvers of one name differ on one grid: faults of the peers, and choices of ours."""
 
 
 def number(value: float) -> str:
