@@ -285,6 +285,24 @@ def test_a_signal_keeps_a_checkpoint_and_exits_with_3(tmp_path, number):
     assert ancestral("sample", path, "-n", 1, "--steps", 2).exit_code == 0
 
 
+def test_a_signal_ends_an_evaluation_with_3_and_leaves_nothing_half_written(trained):
+    command = [sys.executable, "-m", "ancestral.apps.cli", "evaluate", str(trained), "--likelihood", "all-steps"]
+    before = set(trained.iterdir())
+    process = subprocess.Popen(
+        [*command, "--steps", "3000"], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    try:
+        while "measuring the bound" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 3
+    assert "ancestral: stopped" in stderr
+    assert set(trained.iterdir()) == before
+
+
 def test_samples_stay_on_the_levels(trained, tmp_path):
     record = json.loads(ancestral("sample", trained, "-n", 20, "--steps", 3, "--out", tmp_path, "--json").stdout)
     x = torch.from_numpy(np.load(record["artifacts"]["npy"]))
