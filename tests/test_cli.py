@@ -285,6 +285,23 @@ def test_a_signal_keeps_a_checkpoint_and_exits_with_3(tmp_path, number):
     assert ancestral("sample", path, "-n", 1, "--steps", 2).exit_code == 0
 
 
+def test_what_a_family_cannot_answer_is_refused_before_anything_is_measured(trained, tmp_path, monkeypatch):
+    for family in ("gan", "vae"):
+        assert ancestral("train", "digits", "--family", family, "--to", tmp_path / family, "--steps", 1).exit_code == 0
+    monkeypatch.setattr("ancestral.apps.evaluating.evaluate", None)
+    for words, sentence in (
+        ((trained, "--compare", tmp_path / "gan"), f"{tmp_path / 'gan' / 'final'} is a gan, which has none"),
+        ((trained, "--compare", tmp_path / "vae", "--steps", 5), "--steps is about the chain of a diffusion model"),
+        ((tmp_path / "vae", "--tolerance", 0.1), "--tolerance is about the chain of a diffusion model"),
+        ((tmp_path / "gan", "--likelihood", "ode"), "--likelihood ode is about the chain of a diffusion model"),
+        ((tmp_path / "gan", "--compare", trained), "--compare is about a likelihood, and a gan has none: leave it out"),
+    ):
+        refused = ancestral("evaluate", *words)
+        assert refused.exit_code == 2
+        assert sentence in refused.stderr
+        assert refused.stderr.strip().count("\n") == 0
+
+
 def test_a_signal_ends_an_evaluation_with_3_and_leaves_nothing_half_written(trained):
     command = [sys.executable, "-m", "ancestral.apps.cli", "evaluate", str(trained), "--likelihood", "all-steps"]
     before = set(trained.iterdir())
