@@ -285,6 +285,41 @@ def test_a_signal_keeps_a_checkpoint_and_exits_with_3(tmp_path, number):
     assert ancestral("sample", path, "-n", 1, "--steps", 2).exit_code == 0
 
 
+def test_what_a_family_cannot_answer_is_refused_before_anything_is_measured(trained, tmp_path, monkeypatch):
+    for family in ("gan", "vae"):
+        assert ancestral("train", "digits", "--family", family, "--to", tmp_path / family, "--steps", 1).exit_code == 0
+    monkeypatch.setattr("ancestral.apps.evaluating.evaluate", None)
+    for words, sentence in (
+        ((trained, "--compare", tmp_path / "gan"), f"{tmp_path / 'gan' / 'final'} is a gan, which has none"),
+        ((trained, "--compare", tmp_path / "vae", "--steps", 5), "--steps is about the chain of a diffusion model"),
+        ((tmp_path / "vae", "--tolerance", 0.1), "--tolerance is about the chain of a diffusion model"),
+        ((tmp_path / "gan", "--likelihood", "ode"), "--likelihood ode is about the chain of a diffusion model"),
+        ((tmp_path / "gan", "--compare", trained), "--compare is about a likelihood, and a gan has none: leave it out"),
+    ):
+        refused = ancestral("evaluate", *words)
+        assert refused.exit_code == 2
+        assert sentence in refused.stderr
+        assert refused.stderr.strip().count("\n") == 0
+
+
+def test_a_signal_ends_an_evaluation_with_3_and_leaves_nothing_half_written(trained):
+    command = [sys.executable, "-m", "ancestral.apps.cli", "evaluate", str(trained), "--likelihood", "all-steps"]
+    before = set(trained.iterdir())
+    process = subprocess.Popen(
+        [*command, "--steps", "3000"], stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    try:
+        while "measuring the bound" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 3
+    assert "ancestral: stopped" in stderr
+    assert set(trained.iterdir()) == before
+
+
 def test_samples_stay_on_the_levels(trained, tmp_path):
     record = json.loads(ancestral("sample", trained, "-n", 20, "--steps", 3, "--out", tmp_path, "--json").stdout)
     x = torch.from_numpy(np.load(record["artifacts"]["npy"]))

@@ -1,5 +1,7 @@
 """Measuring held-out data: regression on what is known of all, tolerances, comparisons."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ancestral.measure.measured import regressed
 from ancestral.rng import stream
 from ancestral.training import recipes
 from ancestral.training.loop import State, steps
+from oracles import exact_model
 
 QUICK = ["unet.width=8", "unet.blocks=1", "unet.octaves=0", "diffusion.chain=40"]
 DIGITS = load("digits")
@@ -101,15 +104,34 @@ def test_the_limit_of_infinitely_many_steps_is_below_any_chain(model):
 
 
 def test_the_flow_and_the_bound_are_measured_on_the_same_examples(model):
-    followed, bound = flow.follow(model, DIGITS, n=6), evaluate(model, DIGITS, n=6)
+    bound = evaluate(model, DIGITS, n=3)
+    followed = flow.follow(model, DIGITS, bound, n=3)
     assert torch.equal(followed.chosen, bound.chosen)
     record = followed.likelihood(bound)
     assert record.value == pytest.approx(record.prior + record.divergence + record.dequantization, abs=1e-6)
     assert record.above.value == pytest.approx(bound.likelihood().value - record.value, abs=1e-6)
-    assert (record.kind, record.probes) == ("lower bound", flow.PROBES)
+    assert (record.kind, record.draws, record.probes) == ("lower bound", flow.DRAWS, 1)
+    assert record.stderr_noise * 3 == pytest.approx(bound.in_unit(float(followed.stderr.norm())), rel=1e-9)
+    assert record.stderr**2 == pytest.approx(record.stderr_examples**2 + record.stderr_noise**2, rel=1e-9)
 
 
-@pytest.mark.parametrize("tolerance", [0.0, -1.0, float("nan")])
+def test_a_tolerance_is_reached_along_the_flow_with_more_examples(monkeypatch):
+    """Those that were followed are not followed again: their values are those of one walk over all."""
+    monkeypatch.setattr("ancestral.measure.flow.EXAMPLES", 40)
+    exact, data = exact_model("simple"), load("mixture")
+    bound = evaluate(exact, data, n=200)
+    few, whole = (flow.follow(exact, data, bound, n=n) for n in (40, 200))
+    wanted = 0.7 * few.likelihood(bound).stderr
+    before = exact.network.asked
+    found = flow.follow(exact, data, bound, n=200, tolerance=wanted)
+    assert 40 < len(found.chosen) < 200
+    assert found.likelihood(bound).stderr <= wanted
+    assert found.evaluations == exact.network.asked - before
+    torch.testing.assert_close(found.nats, whole.nats[: len(found.nats)], rtol=0, atol=1e-3)
+    assert flow.follow(exact, data, bound, n=60, tolerance=wanted / 100).likelihood(bound).n_images == 60
+
+
+@pytest.mark.parametrize("tolerance", [0.0, -1.0, math.nan, math.inf])
 def test_a_tolerance_that_is_none_is_refused(model, tolerance):
     with pytest.raises(OptionError, match="positive standard error"):
         evaluate(model, DIGITS, tolerance=tolerance)

@@ -13,7 +13,7 @@ from ancestral.diffusion.denoise import FIXED, Clipped, Denoiser, OracleDenoiser
 from ancestral.diffusion.grids import uniform
 from ancestral.diffusion.likelihood import Bound, bound, estimate, kl_term, mean_and_stderr, spans
 from ancestral.errors import OptionError
-from ancestral.rng import Rows, stream, streams
+from ancestral.rng import Rows, randn, stream, streams
 from oracles import COMBINATIONS, FiniteSet, exact, two_point
 
 
@@ -222,6 +222,16 @@ def test_the_two_standard_errors_are_those_of_repeated_measurements():
         assert e.over_examples**2 == pytest.approx(max(0, e.stderr**2 - e.over_noise**2), abs=1e-12)
 
 
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_no_error_is_below_that_of_its_own_noise(n):
+    """The squares of the two add up to that of the whole, also where few examples happen to lie together."""
+    found = [estimate(randn((n, 2), stream(n, i), dtype=torch.float64)) for i in range(200)]
+    assert any(each.over_examples == 0 for each in found)
+    for each in found:
+        assert each.stderr >= each.over_noise
+        assert each.stderr**2 == pytest.approx(each.over_examples**2 + each.over_noise**2, rel=1e-12)
+
+
 def test_measuring_again_is_measuring_more_replicates():
     law = toys.named("mixture")
     oracle, x_0 = OracleDenoiser(law, P.cosine()), law.sample(50, rng=stream(0))
@@ -245,6 +255,35 @@ def test_terms_by_step_add_up_to_the_bound():
     assert float(mean.sum()) == pytest.approx(float(result.nats.mean()), rel=1e-12)
     assert float(stderr[0]) == pytest.approx(float(result.decoder.std() / 300**0.5), rel=1e-12)
     torch.testing.assert_close(stderr[1:-1], result.terms.std(0) / 300**0.5)
+
+
+@pytest.mark.parametrize("draws", [1, 5, None])
+def test_the_error_of_a_term_is_over_examples_however_often_each_was_drawn(draws):
+    """Three draws of each are no three examples: for all terms, the error is that of the means of three."""
+    law, n, T, R = toys.named("ring-8"), 60, 20, 3
+    x_0 = law.sample(n, rng=stream(0))
+    result = bound(OracleDenoiser(law, P.cosine()), x_0, T, rng=stream(1), draws=draws, replicates=R)
+    mean, stderr = result.by_step()
+    for t in range(2, T + 1):
+        here = result.steps == t
+        count, total = here.sum(1).double(), torch.where(here, result.terms, 0.0).sum(1)
+        ratio, m = total.sum() / count.sum(), int((count > 0).sum())
+        expected = ((total - ratio * count).square().sum() * m / (m - 1)).sqrt() / count.sum()
+        torch.testing.assert_close(torch.stack([mean[t - 1], stderr[t - 1]]), torch.stack([ratio, expected]))
+    if draws is None:
+        torch.testing.assert_close(stderr[1:-1], result.terms.view(n, R, -1).mean(1).std(0) / n**0.5)
+
+
+def test_a_term_that_one_example_has_drawn_is_without_an_error():
+    law = toys.named("mixture")
+    result = bound(
+        OracleDenoiser(law, P.cosine()), law.sample(2, rng=stream(0)), 9, rng=stream(1), draws=5, replicates=3
+    )
+    mean, stderr = result.by_step()
+    drawn = torch.tensor([int((result.steps == t).any(1).sum()) for t in range(2, 10)])
+    assert set(drawn.tolist()) == {1, 2}
+    assert mean[1:-1].isfinite().all()
+    assert torch.equal(stderr[1:-1].isfinite(), drawn == 2)
 
 
 def test_an_image_has_the_same_bound_in_any_batch():

@@ -20,7 +20,7 @@ from ancestral.diffusion.denoise import (
     OracleDenoiser,
 )
 from ancestral.diffusion.grids import grid, quadratic, uniform
-from ancestral.diffusion.likelihood import bound, kl_term, mean_and_stderr
+from ancestral.diffusion.likelihood import DECODERS, bound, kl_term, mean_and_stderr
 from ancestral.diffusion.respace import Calibrated, Residuals, best_chain, best_chains, pair_terms, residuals
 from ancestral.diffusion.respace import _smoother as smoother
 from ancestral.diffusion.sample import SAMPLERS
@@ -353,6 +353,24 @@ def test_on_data_with_levels_the_best_chain_halves_what_an_even_one_loses(varian
         assert float(gap) < {"beta": 0.9, "optimal": 0.55}[variance] * float(even.mean())
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_with_every_decoder_the_first_term_is_that_of_a_chain_which_starts_there(decoder):
+    """On pixels of five levels, where noise is as wide as a level and half of one: as `likelihood.bound` has it."""
+    law, process, levels = Pixels(torch.tensor([0.4, 0.1, 0.2, 0.1, 0.2]).double()), P.cosine(), 5
+    denoiser, (x_0, _) = Clipped(OracleDenoiser(law, process)), law.draw(2000, 8, 0)
+    options = {"variance": "optimal", "levels": levels, "decoder": decoder}
+    found = residuals(denoiser, x_0, 200, rng=stream(1), **options)
+    for first in (40, 60):
+        measured = bound(
+            Calibrated(denoiser, found), x_0, found.times[first:].flip(0), rng=stream(2), draws=1, **options
+        )
+        value, stderr = mean_and_stderr(measured.decoder)
+        assert float(value) > 0.01
+        assert abs(float(found.decoder[first] - value)) < 4 * float(
+            (found.decoder_stderr[first] ** 2 + stderr**2) ** 0.5
+        )
+
+
 def test_every_sampler_takes_the_best_chain():
     law, process = toys.named("ring-8"), P.cosine()
     oracle = OracleDenoiser(law, process)
@@ -384,6 +402,8 @@ def test_illegal_requests_are_refused():
     for variance in ("fixed-small", "fixed-large", "large"):
         with pytest.raises(OptionError, match="'beta' or 'optimal'"):
             residuals(oracle, x_0, 8, rng=stream(0), variance=variance)
+    with pytest.raises(OptionError, match="unknown decoder 'tan': did you mean 'tanh'"):
+        residuals(oracle, x_0, 8, rng=stream(0), decoder="tan")
     with pytest.raises(OptionError, match="at least one draw"):
         residuals(oracle, x_0, 8, rng=stream(0), draws=0)
     with pytest.raises(OptionError, match="decreasing times"):

@@ -293,7 +293,7 @@ def evaluate(
         if likelihood not in LIKELIHOODS:
             raise unknown("--likelihood", likelihood, LIKELIHOODS)
         lengths = _lengths(ema)
-        with processes.join() as group, Progress(quiet=not group.first) as progress:
+        with signals(), processes.join() as group, Progress(quiet=not group.first) as progress:
             say = Sayer(as_json, quiet=not group.first)
             question = evaluating.Question(
                 n=n,

@@ -66,19 +66,13 @@ class Question:
     group: Processes
 
     def asked(self, saved: Saved, examples: Data, like: Measured | None = None) -> Measured:
-        """What the model answers.
-
-        Raises:
-            OptionError: if its family cannot.
-        """
+        """What the model answers."""
         model = saved.model.to(self.group.device)
-        several = None if self.tolerance else 2000
-        if not isinstance(model, Diffusion):
-            self._refuse_a_chain(saved)
+        several = flow.EXAMPLES if self.likelihood == "ode" else 2000
         return evaluate(
             model,
             examples,
-            n=self.n or (flow.EXAMPLES if self.likelihood == "ode" else several),
+            n=self.n or (None if self.tolerance else several),
             like=like,
             seed=self.seed,
             progress=self.progress,
@@ -101,19 +95,35 @@ class Question:
         if self.likelihood not in ("ode", "both") or not isinstance(saved.model, Diffusion):
             return None
         followed = flow.follow(
-            saved.model, examples, n=self.n, seed=self.seed, progress=self.progress, group=self.group
+            saved.model,
+            examples,
+            beside,
+            n=self.n,
+            tolerance=self.tolerance,
+            seed=self.seed,
+            progress=self.progress,
+            group=self.group,
         )
         return followed.likelihood(beside)
 
-    def refuse_a_likelihood(self, saved: Saved, other: Saved | None, sweep: bool) -> None:
-        """For a family that has none.
+    def refuse(self, saved: Saved, other: Saved | None, sweep: bool) -> None:
+        """Refuses what the family of one of the two runs cannot answer, before anything is measured.
 
         Raises:
             OptionError: naming what was asked for.
         """
-        self._refuse_a_chain(saved)
-        for name in (name for name, given in {"--compare": other, "--ema": sweep, "--n": self.n}.items() if given):
-            raise OptionError(f"{name} is about a likelihood, and a {saved.family} has none: leave it out")
+        for each in (saved, other):
+            if each and not isinstance(each.model, Diffusion):
+                self._refuse_a_chain(each)
+        given = {"--compare": other is not None, "--ema": sweep, "--n": self.n is not None}
+        if isinstance(saved.model, GAN):
+            for name in (name for name, is_given in given.items() if is_given):
+                raise OptionError(f"{name} is about a likelihood, and a {saved.family} has none: leave it out")
+        if other and isinstance(other.model, GAN):
+            raise OptionError(
+                f"--compare is about a likelihood, and {other.path} is a {other.family}, which has none: "
+                "'ancestral compare RUN RUN' compares samples"
+            )
 
     def _refuse_a_chain(self, saved: Saved) -> None:
         given = {
@@ -124,7 +134,9 @@ class Question:
             "--variance": self.variance is not None,
         }
         for name in (name for name, is_given in given.items() if is_given):
-            raise OptionError(f"{name} is about the chain of a diffusion model, and {saved.path} is a {saved.family}")
+            raise OptionError(
+                f"{name} is about the chain of a diffusion model, and {saved.path} is a {saved.family}: leave it out"
+            )
 
 
 def evaluation(
@@ -148,8 +160,8 @@ def evaluation(
             f"{other.path}: is for shape {other.facts.shape} with {other.facts.levels} levels, and {saved.path} for "
             f"{saved.facts.shape} with {saved.facts.levels}: only runs on data alike are compared"
         )
+    question.refuse(saved, other, sweep)
     if isinstance(saved.model, GAN):
-        question.refuse_a_likelihood(saved, other, sweep)
         whole, found = None, []
     else:
         whole = question.asked(saved, examples)

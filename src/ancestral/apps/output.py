@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ancestral.measure.quality import METRICS
-from ancestral.measure.record import Evaluation, Interval, Likelihood
+from ancestral.measure.record import Evaluation, Interval, Likelihood, OdeLikelihood
 from ancestral.training import resources
 from ancestral.training.processes import Processes
 from ancestral.training.start import Plan
@@ -175,7 +175,7 @@ def _took(result: Evaluation) -> str:
     return f"{evaluations}{result.seconds:.0f} s"
 
 
-def _apart(found: Likelihood) -> str:
+def _apart(found: Likelihood | OdeLikelihood) -> str:
     if found.stderr_noise is None:
         return ""
     return f"examples ± {found.stderr_examples:.4f}, noise ± {found.stderr_noise:.4f}   "
@@ -183,12 +183,17 @@ def _apart(found: Likelihood) -> str:
 
 def _tolerance_lines(result: Evaluation) -> list[str]:
     """Whether the tolerance was reached, and what stands in the way."""
-    found, wanted = result.likelihood, result.tolerance
+    return _short_of(result.tolerance, result.likelihood, result.n_images)
+
+
+def _short_of(wanted: float | None, found: Likelihood | OdeLikelihood | None, n: int) -> list[str]:
     if wanted is None or found is None or found.stderr <= wanted:
         return []
-    if result.n_images == result.n_held_out and found.stderr_noise is not None and found.stderr_noise <= wanted:
-        return [f"  every held-out example was measured; what is left above ± {wanted:g} is the choice of examples"]
-    return [f"  ± {wanted:g} was not reached: let more examples be measured with --n"]
+    if found.stderr_noise is not None and found.stderr_noise > wanted:
+        return [
+            f"  ± {wanted:g} was not reached: noise is left, and these {n:,} examples were measured as often as allowed"
+        ]
+    return [f"  ± {wanted:g} was not reached: what is left is the choice of these {n:,} examples; only more would help"]
 
 
 def _ode_lines(result: Evaluation) -> list[str]:
@@ -196,12 +201,13 @@ def _ode_lines(result: Evaluation) -> list[str]:
     ode = result.ode
     if ode is None:
         return []
-    how = f"{ode.scheme}, {ode.draws} draw" if ode.scheme else "no dequantization"
-    probes = "exact divergence" if ode.probes is None else f"{ode.probes} probes"
+    how = f"{ode.scheme}, mean of {ode.draws} draws" if ode.scheme else "no dequantization"
+    probes = "exact divergence" if ode.probes is None else f"{ode.draws * ode.probes} probes"
     above, side = ode.above, "above" if ode.above.value > 0 else "below"
     return [
-        f"  {'probability-flow ODE':<24}{ode.value:10.4f} ± {ode.stderr:.4f}   {ode.n_images:,} examples, {how}, "
-        f"{probes} ({ode.n_evaluations:,} evaluations, {ode.seconds:.0f} s)",
+        f"  {'probability-flow ODE':<24}{ode.value:10.4f} ± {ode.stderr:.4f}   {_apart(ode)}{ode.n_images:,} examples, "
+        f"{how}, {probes} ({ode.n_evaluations:,} evaluations, {ode.seconds:.0f} s)",
+        *_short_of(result.tolerance, ode, ode.n_images),
         f"    on these examples the bound is {abs(above.value):.4f} ± {above.stderr:.4f} {side} it",
     ]
 

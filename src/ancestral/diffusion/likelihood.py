@@ -97,23 +97,27 @@ class Bound:
         return estimate(self.replicates)
 
     def by_step(self) -> tuple[Tensor, Tensor]:
-        """Mean of every term and its standard error over draws, each of shape (T + 1,): L_0, L_1, ..., L_{T-1}, L_T.
+        """Mean of every term and its standard error, each of shape (T + 1,): L_0, L_1, ..., L_{T-1}, L_T.
 
-        A term that was drawn fewer than twice has standard error NaN; one never drawn has mean NaN as well.
+        The draws of one example belong together: the error is that over examples. A term that was drawn for fewer than
+        two has standard error NaN; one never drawn has mean NaN as well.
         """
         T = len(self.times)
         flat = torch.full((T + 1,), torch.nan, dtype=torch.float64)
         mean, stderr = flat.clone(), flat.clone()
         mean[0], stderr[0] = mean_and_stderr(self.decoder)
         mean[T], stderr[T] = mean_and_stderr(self.prior)
-        index, values = self.steps.flatten() - 1, self.terms.flatten()
-        count = torch.zeros(T + 1, dtype=torch.float64).index_add(0, index, torch.ones_like(values))
-        total = torch.zeros_like(count).index_add(0, index, values)
+        index, values = self.steps - 1, self.terms.double()
+        count = index.flatten().bincount(minlength=T + 1).double()
+        total = torch.zeros_like(count).index_add(0, index.flatten(), values.flatten())
+        drawn, which = torch.unique(index + (T + 1) * torch.arange(len(index))[:, None], return_inverse=True)
+        step, centred = drawn % (T + 1), (values - (total / count)[index]).flatten()
+        squares = torch.zeros(len(drawn), dtype=torch.float64).index_add(0, which.flatten(), centred).square()
+        examples = step.bincount(minlength=T + 1).double()
+        spread = torch.zeros_like(count).index_add(0, step, squares) * examples / (examples - 1)
         middle = slice(1, T)
-        mean[middle] = total[middle] / count[middle]
-        centred = (values - (total / count)[index]).square()
-        squares = torch.zeros_like(count).index_add(0, index, centred)
-        stderr[middle] = (squares[middle] / (count[middle] - 1).clamp(min=0) / count[middle]).sqrt()
+        mean[middle] = (total / count)[middle]
+        stderr[middle] = torch.where(examples > 1, spread.sqrt() / count, torch.nan)[middle]
         return mean, stderr
 
     def importance(self) -> Tensor:
@@ -179,24 +183,29 @@ def estimate(replicates: Tensor) -> Estimate:
     """The mean of n examples, each of which was estimated R times over, with its standard errors.
 
     Of the variance V of the examples' means, the noise makes W / R, where W is the variance between the estimates of
-    one example; the rest is between examples.
+    one example; the rest is between examples. Of few examples V may come out below W / R, and the rest is then none.
 
-        stderr^2 = V / n,   over_noise^2 = W / (R n),   over_examples^2 = (V - W / R) / n
+        over_noise^2 = W / (R n),   over_examples^2 = max(0, V - W / R) / n,   stderr^2 = the sum of the two
 
     Args:
         replicates: independent estimates, shape (n, R).
 
     Example:
-        >>> apart = estimate(torch.tensor([[1.0, 3.0], [2.0, 4.0], [6.0, 8.0]]))
-        >>> [round(number, 3) for number in apart]
+        >>> found = estimate(torch.tensor([[1.0, 3.0], [2.0, 4.0], [6.0, 8.0]]))
+        >>> [round(number, 3) for number in found]
         [4.0, 1.528, 1.414, 0.577]
     """
     n, R = replicates.shape
-    value, stderr = mean_and_stderr(replicates.mean(1))
-    if R == 1:
-        return Estimate(float(value), float(stderr), None, None)
-    noise = float(replicates.var(1).mean() / (R * n))
-    return Estimate(float(value), float(stderr), max(0.0, float(stderr) ** 2 - noise) ** 0.5, noise**0.5)
+    value, stderr = (float(part) for part in mean_and_stderr(replicates.mean(1)))
+    return apart(value, stderr**2, None if R == 1 else float(replicates.var(1).mean() / (R * n)))
+
+
+def apart(value: float, variance: float, noise: float | None) -> Estimate:
+    """An estimate whose variance is that of the noise, if it is known, and what is left of it for the examples."""
+    if noise is None:
+        return Estimate(value, variance**0.5, None, None)
+    examples = max(0.0, variance - noise)
+    return Estimate(value, (examples + noise) ** 0.5, examples**0.5, noise**0.5)
 
 
 def bound(

@@ -23,6 +23,7 @@ from torch import Tensor
 from ancestral import gaussian
 from ancestral.diffusion.denoise import FIXED, Denoiser
 from ancestral.diffusion.grids import Grid, grid
+from ancestral.diffusion.likelihood import DECODERS
 from ancestral.diffusion.process import LOG_SNR_MIN, Process, Time, per_example
 from ancestral.errors import OptionError, unknown
 from ancestral.rng import Rng, Seeds, rand, streams
@@ -89,7 +90,7 @@ def residuals(
         draws: times per example.
         variance: of the decoder: "beta", v = sigma_t^2, or "optimal", v = mse_t.
         levels: number of levels of the data; None for a real-valued density.
-        decoder: of data on levels, "gaussian" or "softmax", which asks no network.
+        decoder: of data on levels, one of `likelihood.DECODERS`; "softmax" asks no network.
         batch: examples that the denoiser is given at once.
 
     Raises:
@@ -111,8 +112,8 @@ def residuals(
             f"received variance {variance!r}: give 'beta' or 'optimal', whose decoder depends on the first time of a "
             "chain alone"
         )
-    if decoder not in ("gaussian", "softmax"):
-        raise OptionError(f"received decoder {decoder!r}: give 'gaussian' or 'softmax'")
+    if decoder not in DECODERS:
+        raise unknown("decoder", decoder, DECODERS)
     if draws < 1:
         raise OptionError(f"every example needs at least one draw, received draws = {draws}")
     process, dim = denoiser.process, x_0[0].numel()
@@ -134,7 +135,8 @@ def residuals(
                 alpha, sigma = (per_example(c, x_0.double()) for c in process(times[step]))
                 log_p = gaussian.log_softmax_level(x_0, x_t.double() / alpha, sigma / alpha, levels)
             else:
-                log_p = gaussian.log_bin(x_0, x_0_hat, per_example(var[step].sqrt(), x_0.double()), levels)
+                log_bin = gaussian.log_bin if decoder == "gaussian" else gaussian.log_bin_tanh
+                log_p = log_bin(x_0, x_0_hat, per_example(var[step].sqrt(), x_0.double()), levels)
             return -log_p.flatten(1).sum(1).cpu()
 
         L_0, L_0_stderr = measured(surprise)

@@ -16,7 +16,7 @@ from ancestral.diffusion.grids import grid
 from ancestral.diffusion.likelihood import Bound
 from ancestral.diffusion.model import Diffusion
 from ancestral.errors import OptionError, unknown
-from ancestral.measure.measured import Measured, OfChain, beside, shuffled
+from ancestral.measure.measured import Measured, OfChain, beside, reach, shuffled
 from ancestral.rng import stream
 from ancestral.training.processes import ALONE, Processes
 
@@ -85,8 +85,8 @@ def measure(
         DataError: if the data is not of the shape and levels that the model was made for, or has too few examples.
         OptionError: if the tolerance is not positive.
     """
-    if tolerance is not None and not tolerance > 0:
-        raise OptionError(f"a tolerance is a positive standard error, received {tolerance:g}")
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise OptionError(f"a tolerance is a positive standard error, such as 0.005, received {tolerance:g}")
     facts, order = model.facts, shuffled(model.facts, data, n)
     began = time.perf_counter()
     pixels, gaussian = beside(data, like)
@@ -139,7 +139,7 @@ def measure(
         share = so_far(bound).likelihood().stderr / tolerance
         if share <= 1:
             break
-        more = group.told(min(len(order), done + max(batch, math.ceil(done * (1.05 * share**2 - 1)))))
+        more = group.told(reach(done, len(order), share, batch))
         bound, done = Bound.join([bound, bound_of(done, more, 0)]), more
     passes = 1
     while tolerance is not None and done == len(order) and passes < PASSES:

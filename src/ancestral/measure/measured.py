@@ -10,6 +10,7 @@ The weights w_i depend on the controls c alone, so the parts of a bound are esti
 Reference: Cochran (1977), Sampling Techniques, chapter 7, for regression estimates.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ancestral.data import Data, Facts
-from ancestral.diffusion.likelihood import Bound, Estimate, estimate
+from ancestral.diffusion.likelihood import Bound, Estimate, apart, estimate
 from ancestral.errors import DataError
 from ancestral.measure import baselines
 from ancestral.measure.record import Baselines, Kind, Likelihood, Margin, Margins
@@ -139,7 +140,7 @@ class Measured:
         """The paired margin over each baseline in the data's unit."""
 
         def margin(baseline: Tensor) -> Margin:
-            found = self.estimate((baseline[self.chosen] - self.nats)[:, None])
+            found = self.estimate(baseline[self.chosen][:, None] - self.replicates)
             return Margin(value=self.in_unit(found.value), stderr=self.in_unit(found.stderr))
 
         return Margins(independent_pixels=margin(self.independent_pixels), gaussian=margin(self.gaussian))
@@ -207,9 +208,12 @@ def regressed(replicates: Tensor, controls: Tensor, chosen: Tensor) -> Estimate:
     left = float(residual.square().sum() / (n - 1 - controls.shape[1]) * w.square().sum())
     variance = left + float(((all_c - all_c.mean(0)) @ beta).var() / len(all_c))
     value, noise = float(w @ y), float(w.square() @ replicates.double().var(1) / R) if R > 1 else None
-    if noise is None:
-        return Estimate(value, variance**0.5, None, None)
-    return Estimate(value, variance**0.5, max(0.0, variance - noise) ** 0.5, noise**0.5)
+    return apart(value, variance, noise)
+
+
+def reach(done: int, of: int, share: float, batch: int) -> int:
+    """How many examples bring down a standard error that `done` of them have and that is `share` times too large."""
+    return min(of, done + max(batch, math.ceil(done * (1.05 * share**2 - 1))))
 
 
 def shuffled(facts: Facts, data: Data, n: int | None) -> Tensor:

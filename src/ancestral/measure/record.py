@@ -86,14 +86,17 @@ class Comparison(Record):
 class OdeLikelihood(Record):
     """The negative log-likelihood along the probability-flow ODE, averaged over examples.
 
-    `value` is the sum of `prior`, `divergence` and `dequantization`. For data on levels it is an upper bound, with one
-    draw of `scheme` for each example; else it is exact but for the solver's tolerance, or an estimate with `probes` of
-    the divergence. `above` is by how much the variational bound exceeds it on the same examples: for an exact guess it
-    does, up to what dequantization costs, and for a trained one the two belong to different laws.
+    `value` is the sum of `prior`, `divergence` and `dequantization`. For data on levels it is an upper bound, the mean
+    over `draws` of `scheme` for each example; else it is exact but for the solver's tolerance, or an estimate with
+    `probes` of the divergence for each draw. `stderr_noise` is what other draws and probes would change. `above` is by
+    how much the variational bound exceeds it on the same examples: for an exact guess it does, up to what
+    dequantization costs, and for a trained one the two belong to different laws.
     """
 
     value: float
     stderr: float = Field(ge=0)
+    stderr_examples: float | None = Field(None, ge=0)
+    stderr_noise: float | None = Field(None, ge=0)
     prior: float
     divergence: float
     dequantization: float
