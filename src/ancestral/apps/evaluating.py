@@ -17,11 +17,11 @@ from ancestral.errors import OptionError
 from ancestral.flow.model import Flow
 from ancestral.gan.model import GAN
 from ancestral.measure import chain, flow
-from ancestral.measure.evaluate import evaluate
+from ancestral.measure.evaluate import evaluate, gap
 from ancestral.measure.measured import Measured
 from ancestral.measure.modes import apart, modes
 from ancestral.measure.quality import ENOUGH, SAMPLES, Bench
-from ancestral.measure.record import Averaged, Comparison, Evaluation, OdeLikelihood, RoundTrip, Samples
+from ancestral.measure.record import Averaged, Comparison, Evaluation, Interval, OdeLikelihood, RoundTrip, Samples
 from ancestral.training import checkpoint, durable
 from ancestral.training.checkpoint import Saved
 from ancestral.training.processes import Processes
@@ -83,13 +83,19 @@ class Question:
             seed=self.seed,
             progress=self.progress,
             group=self.group,
-            **(self._of_a_chain() if isinstance(model, Diffusion) else {}),
+            **(self._of_a_chain() | {"tolerance": self.tolerance} if isinstance(model, Diffusion) else {}),
         )
+
+    def gap(self, saved: Saved, examples: Data, held_out: Measured) -> Interval | None:
+        """How much likelier what it learnt from is; None of data that it was not trained on."""
+        if examples.facts.digest != saved.facts.digest:
+            return None
+        options = self._of_a_chain() if isinstance(saved.model, Diffusion) else {}
+        return gap(saved.model, examples, held_out, seed=self.seed, progress=self.progress, group=self.group, **options)
 
     def _of_a_chain(self) -> dict[str, Any]:
         return {
             "draws": None if self.likelihood == "all-steps" else chain.DRAWS,
-            "tolerance": self.tolerance,
             "limit": self.likelihood == "limit",
             "steps": self.steps,
             "variance": self.variance,
@@ -155,6 +161,7 @@ def evaluation(
         whole = question.asked(saved, examples)
         found = [(saved, whole), *((each, question.asked(each, examples, whole)) for each in opened[1:])]
     ode, comparison = question.ode(saved, examples, whole) if whole else None, None
+    between = question.gap(saved, examples, whole) if whole else None
     if other and whole:
         theirs = question.asked(other, examples, whole)
         comparison = Comparison(run=str(other.path), likelihood=theirs.likelihood(), better=whole.over(theirs))
@@ -177,6 +184,7 @@ def evaluation(
         seed=question.seed,
         artifacts=artifacts,
         ode=ode,
+        gap=between,
         comparison=comparison,
         ema=averages if sweep else None,
         **(whole.record() if whole else {}),

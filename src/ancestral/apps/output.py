@@ -74,6 +74,7 @@ def evaluation_lines(result: Evaluation) -> list[str]:
         *_ode_lines(result),
         *_comparison_lines(result),
         *_baseline_lines(result),
+        *_gap_lines(result),
         *(
             f"  {f'average of length {each.length:g}':<24}{each.likelihood.value:10.4f} ± {each.likelihood.stderr:.4f}"
             f"   (made to {each.residual:.1%})"
@@ -114,6 +115,18 @@ def _baseline_lines(result: Evaluation) -> list[str]:
         difference = f"the model is {abs(margin.value):.4f} ± {margin.stderr:.4f} {word} ({ratio:.0f} s.e.)"
         lines.append(f"  {label:<24}{value:10.4f}   {difference}")
     return lines
+
+
+def _gap_lines(result: Evaluation) -> list[str]:
+    """Whether training examples are likelier than held-out ones."""
+    if result.gap is None:
+        return []
+    word = "as likely as held-out ones, for all that can be told"
+    if result.gap.low > 0:
+        word = "likelier than held-out ones, as what is memorised is"
+    elif result.gap.high < 0:
+        word = "less likely than held-out ones"
+    return [f"  {'likelihood gap':<24}{number(result.gap)}   training examples are {word}"]
 
 
 def _inverse_lines(result: Evaluation) -> list[str]:

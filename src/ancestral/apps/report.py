@@ -118,6 +118,7 @@ def summary(result: Contest) -> str:
 def title(name: str, result: Contest) -> str:
     """What a number is called."""
     labels = {"likelihood": f"negative log-likelihood, {result.unit}", "rate": "samples a second"}
+    labels["gap"] = f"likelihood gap, {result.unit}"
     return labels.get(name) or METRICS[name].label
 
 
@@ -125,7 +126,7 @@ def title(name: str, result: Contest) -> str:
 
 
 def _glance(result: Contest) -> str:
-    names = [name for name in ("likelihood", *METRICS, "rate") if _with(result, name)]
+    names = [name for name in ("likelihood", *METRICS, "gap", "rate") if _with(result, name)]
     heads = [f"{escape(row.family)}{_failed(row)}" for row in result.rows]
     rows = "".join(
         f'<tr><th scope="row">{escape(title(name, result))}</th>{"".join(_cell(row, name) for row in result.rows)}'
@@ -189,7 +190,7 @@ def _likelihood(result: Contest) -> str:
 
 
 def _stability(result: Contest) -> str:
-    names = [name for name in ("likelihood", *METRICS) if any(name in row.between for row in result.rows)]
+    names = [name for name in ("likelihood", *METRICS, "gap") if any(name in row.between for row in result.rows)]
     failed = "".join(f"<td>{row.failed} of {row.runs}</td>" for row in result.rows)
     rows = f'<tr><th scope="row">runs that failed</th>{failed}</tr>' + "".join(
         f'<tr><th scope="row">{escape(title(name, result))}</th>'
@@ -353,7 +354,8 @@ def _with(result: Contest, name: str) -> bool:
 
 
 def _of_group(result: Contest, group: str) -> list[str]:
-    return [name for name, metric in METRICS.items() if metric.group == group and _with(result, name)]
+    groups = {name: metric.group for name, metric in METRICS.items()} | {"gap": "Memorisation"}
+    return [name for name, of in groups.items() if of == group and _with(result, name)]
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -17,8 +17,8 @@ from pydantic import Field
 from ancestral.data import Data
 from ancestral.diffusion.model import STEPS, Diffusion
 from ancestral.gan.model import GAN
-from ancestral.measure.evaluate import evaluate
-from ancestral.measure.metrics.intervals import around, student
+from ancestral.measure.evaluate import evaluate, gap
+from ancestral.measure.metrics.intervals import around, student, welch
 from ancestral.measure.quality import METRICS, Bench
 from ancestral.measure.record import Interval, Kind, Record
 from ancestral.training import checkpoint
@@ -31,6 +31,7 @@ FEW = 256
 """Samples by which the checkpoints of a run are told apart, at most."""
 
 BETTER = {"likelihood": "less", "rate": "more"} | {name: metric.better for name, metric in METRICS.items()}
+BETTER |= {"gap": None}
 """Which way each number is better."""
 
 
@@ -44,8 +45,9 @@ class Look(Record):
 class Entrant(Record):
     """One run: what it cost and what it reached, at its end and at the best of its checkpoints.
 
-    `numbers` are the negative log-likelihood or its bound, where the family has one, samples for each second, and what
-    `quality.METRICS` says of samples. `best` is the same of samples from the checkpoint that is nearest by `looks`.
+    `numbers` are the negative log-likelihood or its bound, where the family has one, by how much training examples are
+    likelier (`gap`), samples for each second, and what `quality.METRICS` says of samples. `best` is the same of samples
+    from the checkpoint that is nearest by `looks`.
     """
 
     family: str
@@ -131,6 +133,8 @@ def assess(
         measured = evaluate(model, data, n=LIKELIHOOD, progress=progress)
         found, kind = measured.likelihood(), measured.kind
         numbers["likelihood"] = around(found.value, found.stderr)
+        between = gap(model, data, measured, progress=progress)
+        numbers |= {"gap": between} if between else {}
     numbers["rate"] = _rate(model)
     samples = model.sample(bench.n, rng=0)
     numbers |= bench.of(samples)
@@ -231,15 +235,11 @@ def difference(a: Sequence[Interval], b: Sequence[Interval]) -> Interval:
     With seeds enough it is Welch's, from the deviations between seeds alone, for what the examples share goes out of
     the difference; with a single one on either side, both errors are taken to be independent, which is wide.
 
-    Reference: Welch (1947).
     """
     of = fmean(one.value for one in a) - fmean(one.value for one in b)
     if min(len(a), len(b)) < 2:
         return around(of, (over_seeds(a).stderr ** 2 + over_seeds(b).stderr ** 2) ** 0.5)
-    parts = [(stdev([one.value for one in each]) ** 2 / len(each), len(each) - 1) for each in (a, b)]
-    total = sum(part for part, _ in parts)
-    below = sum(part**2 / freedom for part, freedom in parts)
-    return around(of, total**0.5, total**2 / below if below else math.inf)
+    return welch(of, *((stdev([one.value for one in each]) ** 2 / len(each), len(each) - 1) for each in (a, b)))
 
 
 def _means(each: Sequence[dict[str, Interval]]) -> dict[str, Interval]:

@@ -6,7 +6,7 @@ data_copying      C_T, a rank test against held-out examples             0 of wh
 neighbour_ratio   nearest distance by that to the second                 near 1 of what is new, 0 of copies
 duplicates        which samples equal an example, byte by byte
 suspects          the pairs of a sample and an example that are nearest
-likelihood_gap    how much better the likelihood of what was learnt is   0 of a model that does not memorise
+likelihood_gap    how much likelier what was learnt is                    0 of a model that does not memorise
 """
 
 from dataclasses import dataclass
@@ -234,9 +234,9 @@ def suspects(x: Tensor, training: Tensor, *, k: int = 10) -> Pairs:
 
 
 def likelihood_gap(training: Tensor, held_out: Tensor) -> Interval:
-    """Mean negative log-likelihood of training examples less that of held-out ones: below 0 is what was memorised.
+    """Mean negative log-likelihood of held-out examples less that of training ones: above 0 is what was memorised.
 
-    The error is that of two independent means.
+    The interval is Welch's, of two independent means.
 
     Args:
         training: of each example, in any unit, shape (n,), 2 at least.
@@ -247,10 +247,10 @@ def likelihood_gap(training: Tensor, held_out: Tensor) -> Interval:
 
     Example:
         >>> likelihood_gap(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).value
-        -2.0
+        2.0
     """
     a, b = intervals.mean(training.double()), intervals.mean(held_out.double())
-    return intervals.around(a.value - b.value, float(np.hypot(a.stderr, b.stderr)))
+    return intervals.welch(b.value - a.value, (a.stderr**2, len(training) - 1), (b.stderr**2, len(held_out) - 1))
 
 
 def _mann_whitney(a: Tensor, b: Tensor) -> float:

@@ -65,6 +65,22 @@ def mean(values: Tensor) -> Interval:
     return around(float(values.mean()), float(values.std() / len(values) ** 0.5), len(values) - 1)
 
 
+def welch(value: float, *parts: tuple[float, int]) -> Interval:
+    """The interval of a difference of independent means, from the variance of each and its degrees of freedom.
+
+        v = (sum_i s_i^2)^2 / sum_i (s_i^4 / v_i)
+
+    Reference: Welch (1947).
+
+    Example:
+        >>> found = welch(0.0, (0.5, 9), (0.5, 9))
+        >>> round(found.high, 3) == round(student(18), 3)
+        True
+    """
+    total, below = sum(variance for variance, _ in parts), sum(variance**2 / v for variance, v in parts)
+    return around(value, total**0.5, total**2 / below if below else math.inf)
+
+
 def share(hits: int, n: int) -> Interval:
     """The share of n independent trials that are hits, with the exact binomial interval.
 
