@@ -18,7 +18,7 @@ from ancestral.flow.model import Flow
 from ancestral.gan.model import GAN
 from ancestral.measure import chain, flow
 from ancestral.measure.evaluate import evaluate, gap
-from ancestral.measure.measured import Measured
+from ancestral.measure.measured import Measured, refuse_other
 from ancestral.measure.modes import apart, modes
 from ancestral.measure.quality import ENOUGH, SAMPLES, Bench
 from ancestral.measure.record import Averaged, Comparison, Evaluation, Interval, OdeLikelihood, RoundTrip, Samples
@@ -85,6 +85,19 @@ class Question:
             group=self.group,
             **(self._of_a_chain() | {"tolerance": self.tolerance} if isinstance(model, Diffusion) else {}),
         )
+
+    def bench(self, model: Model, examples: Data) -> Bench | None:
+        """What samples are held against; None if there are to be none, or there is too little data.
+
+        Raises:
+            OptionError: if there are no such features.
+        """
+        n = self.samples
+        if n is None:
+            n = WALKED if isinstance(model, Diffusion) else SAMPLES
+        if n == 0 or min(len(examples.held_out) // 2, len(examples.train)) < ENOUGH:
+            return None
+        return Bench(examples, n=n, features=self.features)
 
     def gap(self, saved: Saved, examples: Data, held_out: Measured) -> Interval | None:
         """How much likelier what it learnt from is; None of data that it was not trained on."""
@@ -154,8 +167,11 @@ def evaluation(
             f"{other.path}: is for shape {other.facts.shape} with {other.facts.levels} levels, and {saved.path} for "
             f"{saved.facts.shape} with {saved.facts.levels}: only runs on data alike are compared"
         )
+    refuse_other(saved.facts, examples)
     if isinstance(saved.model, GAN):
         question.refuse_a_likelihood(saved, other, sweep)
+    bench = question.bench(saved.model, examples) if question.group.first else None  # features that are not, fail here
+    if isinstance(saved.model, GAN):
         whole, found = None, []
     else:
         whole = question.asked(saved, examples)
@@ -188,7 +204,7 @@ def evaluation(
         comparison=comparison,
         ema=averages if sweep else None,
         **(whole.record() if whole else {}),
-        **_of_samples(saved.model, examples, question, folder, artifacts),
+        **_of_samples(saved.model, examples, bench, question, folder, artifacts),
         **_of_inverse(saved.model, examples),
     )
     durable.write_json(folder / "evaluation.json", result.model_dump(mode="json", exclude_none=True))
@@ -196,14 +212,13 @@ def evaluation(
 
 
 def _of_samples(
-    model: Model, examples: Data, question: Question, folder: Path, artifacts: dict[str, str]
+    model: Model, examples: Data, bench: Bench | None, question: Question, folder: Path, artifacts: dict[str, str]
 ) -> dict[str, Any]:
     """How samples stand to data, with a picture of what may be copies, and which modes are reached, if it is known."""
     walks = isinstance(model, Diffusion)
-    n = question.samples if question.samples is not None else WALKED if walks else SAMPLES
     found: dict[str, Any] = {}
-    if n and min(len(examples.held_out) // 2, len(examples.train)) >= ENOUGH:
-        bench, parts, began = Bench(examples, n=n, features=question.features), list[Tensor](), time.perf_counter()
+    if bench:
+        parts, began = list[Tensor](), time.perf_counter()
         for start in range(0, bench.n, AT_ONCE):
             parts.append(model.sample(min(AT_ONCE, bench.n - start), rng=question.seed, start=start).cpu())
             question.progress("drawing samples", start + len(parts[-1]), bench.n)

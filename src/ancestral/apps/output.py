@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ancestral.measure.quality import METRICS
+from ancestral.measure.quality import METRICS, called
 from ancestral.measure.record import Evaluation, Interval, Likelihood
 from ancestral.training import resources
 from ancestral.training.processes import Processes
@@ -150,9 +150,9 @@ def _sample_lines(result: Evaluation) -> list[str]:
             f"{found.evaluations} evaluations each",
             f"    {'':<24}{'model':<30}{'held-out data':<30}training data",
             *(
-                f"    {metric.label:<24}{number(found.model[name]):<30}{number(found.held_out[name]):<30}"
-                f"{number(found.training[name])}"
-                for name, metric in METRICS.items()
+                f"    {called(name, found.features):<24}{number(found.model[name]):<30}"
+                f"{number(found.held_out[name]):<30}{number(found.training[name])}"
+                for name in METRICS
                 if name in found.model
             ),
         ]

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from ancestral.apps.diagram import BLUE, FAINT, GREY, INK, MUTED, RED
 from ancestral.apps.output import number
 from ancestral.measure.compare import Contest, Row
-from ancestral.measure.quality import METRICS
+from ancestral.measure.quality import METRICS, called
 from ancestral.measure.record import Interval
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def title(name: str, result: Contest) -> str:
     """What a number is called."""
     labels = {"likelihood": f"negative log-likelihood, {result.unit}", "rate": "samples a second"}
     labels["gap"] = f"likelihood gap, {result.unit}"
-    return labels.get(name) or METRICS[name].label
+    return labels.get(name) or called(name, result.features)
 
 
 # Sections.
