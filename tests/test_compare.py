@@ -1,6 +1,7 @@
 """Comparing families: intervals over seeds that hold what they say, who differs from whom, and the report."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from jsonschema import Draft202012Validator
@@ -17,7 +19,7 @@ from ancestral.apps import comparing
 from ancestral.apps.cli import app
 from ancestral.apps.output import number
 from ancestral.measure.compare import Contest, Entrant, difference, over_seeds, rows
-from ancestral.measure.metrics.intervals import around
+from ancestral.measure.metrics.intervals import around, of_share, student
 from ancestral.measure.record import Interval
 from ancestral.rng import stream
 
@@ -40,6 +42,27 @@ def test_an_interval_over_seeds_holds_the_mean_of_other_seeds_and_examples(seeds
     rng = stream(seeds)
     held = [over_seeds(families(seeds, deviation, 0.5, rng)[0]) for _ in range(REPEATS)]
     assert sum(one.low <= 0 <= one.high for one in held) / REPEATS > 0.95 - SLACK
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("p", [0.5, 0.97])
+def test_an_interval_of_a_share_over_seeds_holds_it_and_lies_between_0_and_1(seeds, p):
+    """Of seeds that differ as a beta law does, each counted on 150 trials, some of them with all hits."""
+    rng = stream(seeds)
+    held = []
+    for _ in range(REPEATS):
+        hits = rng.binomial(150, rng.beta(100 * p, 100 * (1 - p), seeds))
+        found = over_seeds([of_share(each / 150, 0.0, student(math.inf) ** 2 / 150) for each in hits], share=True)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        held.append(found.low <= p <= found.high)
+    assert np.mean(held) > 0.95 - SLACK
+
+
+def test_a_share_that_all_seeds_reach_whole_is_told_with_the_width_of_one():
+    """What seeds do not differ in, the examples still bound."""
+    one = of_share(1.0, 0.0, 0.025)
+    found = over_seeds([one, one, one], share=True)
+    assert (found.low, found.high) == pytest.approx((one.low, one.high), rel=1e-9)
 
 
 @pytest.mark.parametrize("seeds", [3, 5])

@@ -51,7 +51,9 @@ def copied(x: Tensor, training: Tensor, held_out: Tensor) -> Interval:
             f"received {len(training)} training and {len(held_out)} held-out examples: give as many of each"
         )
     to_training, to_held_out = (nearest(x, each)[0][:, 0] for each in (training, held_out))
-    return intervals.mean((to_training < to_held_out).double() + 0.5 * (to_training == to_held_out).double())
+    nearer = (to_training < to_held_out).double() + 0.5 * (to_training == to_held_out).double()
+    stderr, w = float(nearer.std() / len(x) ** 0.5), intervals.student(len(x) - 1) ** 2 / len(x)
+    return intervals.of_share(float(nearer.mean()), stderr, w)
 
 
 def authenticity(x: Tensor, training: Tensor) -> Interval:
