@@ -17,8 +17,9 @@ from ancestral.measure.metrics.neighbours import by_rows
 from ancestral.measure.record import Interval
 from ancestral.rng import stream
 
-SPLITS = 20
-"""Divisions of both sets in halves, from which the standard errors of what is made of neighbours are told."""
+PART, FREEDOM = 500, 20
+"""Examples of a part of a set, at least where there are two such parts, and degrees of freedom, at least: divisions of
+both sets in parts tell the standard errors of what is made of neighbours."""
 
 BLOCKS = 10
 """Blocks of samples that are left out in turn, from which that of the Vendi score is told."""
@@ -51,15 +52,15 @@ def neighbourhoods(x: Tensor, y: Tensor, *, k: int = 5) -> Neighbourhoods:
         recall    = mean_j [any_i d(x_i, y_j) <= r(x_i)],       coverage = mean_j [min_i d(x_i, y_j) <= r(y_j)]
 
     They depend on n and m: compare sets of equal sizes. The intervals are over both sets. Whether points are within
-    reach depends on their neighbours, so n of them are worth fewer trials, and how much fewer is told by halves of both
-    sets that have no point in common, in `SPLITS` divisions: of a share, with S_1 and S_2 those of the halves,
+    reach depends on their neighbours, so n of them are worth fewer trials. How much fewer is told by dividing both sets
+    at random in G parts, two or more, again and again: of a share that is S_g in part g, and S on average,
 
-        stderr^2 = F p (1 - p) / n,   F = max(mean (S_1 - S_2)^2 / 2 / (S (1 - S) / (n / 2)), 1),   S = mean S_i
+        stderr^2 = F p (1 - p) / n,   F = max(mean Var_g S_g / (S (1 - S) / (n / G)), 1)
 
-    and the interval is Wilson's of n / F trials (m / F of examples). Of the density, stderr^2 = mean (S_1 - S_2)^2 / 4.
+    and the interval is Wilson's of n / F trials (m / F of examples). Of the density, stderr^2 = mean Var_g S_g / G.
 
     Reference: Kynkäänniemi et al. (2019), eqs. 1-3; Naeem et al. (2020), eqs. 4 and 6; Kish (1965), section 8.2, for F,
-    the effect of the design; McCarthy (1969) for halves.
+    the effect of the design; Wolter (2007), chapter 2, for parts at random.
 
     Args:
         x: samples, float64, shape (n, D).
@@ -79,19 +80,19 @@ def neighbourhoods(x: Tensor, y: Tensor, *, k: int = 5) -> Neighbourhoods:
         raise OptionError(
             f"received {len(x)} samples and {len(y)} examples for neighbour {k}: give 4 (k + 1) of each at least"
         )
-    rng, halves = stream(len(x), len(y)), []
-    for _ in range(SPLITS):
-        parts = (torch.from_numpy(rng.permutation(len(z))).chunk(2) for z in (x, y))
-        halves.append(torch.stack([_standing(x[a], y[b], k) for a, b in zip(*parts, strict=True)]))
-    S, value = torch.stack(halves), _standing(x, y, k)
-    variance = S.var(1).mean(0)
-    trials, at_half = torch.tensor([len(x), len(y), len(y)]), S[..., :3].mean((0, 1))
-    F = torch.nan_to_num(variance[:3] / (at_half * (1 - at_half) / (trials / 2)), nan=1.0).clamp(min=1)
+    rng, G, divisions = stream(len(x), len(y)), max(2, min(len(x), len(y)) // PART), []
+    for _ in range(-(-FREEDOM // (G - 1))):
+        parts = (torch.from_numpy(rng.permutation(len(z))).tensor_split(G) for z in (x, y))
+        divisions.append(torch.stack([_standing(x[a], y[b], k) for a, b in zip(*parts, strict=True)]))
+    of_parts, value = torch.stack(divisions), _standing(x, y, k)
+    variance = of_parts.var(1).mean(0)
+    trials, S = torch.tensor([len(x), len(y), len(y)]), of_parts[..., :3].mean((0, 1))
+    F = torch.nan_to_num(variance[:3] / (S * (1 - S) / (trials / G)), nan=1.0).clamp(min=1)
     shares = [
-        of_share(p, (f * p * (1 - p) / n) ** 0.5, student(SPLITS - 1) ** 2 * f / n)
+        of_share(p, (f * p * (1 - p) / n) ** 0.5, student(FREEDOM) ** 2 * f / n)
         for p, f, n in zip(value[:3].tolist(), F.tolist(), trials.tolist(), strict=True)
     ]
-    density = around(float(value[3]), float(variance[3] / 2) ** 0.5, SPLITS - 1)
+    density = around(float(value[3]), float(variance[3] / G) ** 0.5, FREEDOM)
     return Neighbourhoods(precision=shares[0], recall=shares[1], density=density, coverage=shares[2])
 
 
