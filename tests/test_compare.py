@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,69 @@ def test_the_report_needs_nothing_else_and_can_be_read_without_pictures(contest)
     for row in record["rows"]:
         shown = number(Interval.model_validate(row["numbers"]["energy"])).split(" ")[0]
         assert shown in text
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+LOOK = """<pre id="seen"></pre><script>
+const box = (each) => each.getBoundingClientRect();
+const shown = (each) => each.checkVisibility({visibilityProperty: true, opacityProperty: true}) && box(each).height > 0;
+addEventListener("load", () => { document.getElementById("seen").textContent = JSON.stringify({
+  sections: [...document.querySelectorAll("section")].filter((each) => shown(each) && box(each).height > 60)
+    .map((each) => each.querySelector("h2")).filter(shown).map((each) => each.textContent),
+  drawn: [...document.images].map((each) => each.naturalWidth > 0 && shown(each)),
+  wider: document.documentElement.scrollWidth - innerWidth}); });
+</script>"""
+"""What a browser has laid out, told by a script that is put at the end of a copy of the page."""
+
+
+def opened(page: str, folder: Path, width: int) -> tuple[dict, list[str], list[str]]:
+    """A page in a browser: what is seen of it, what the console says, and what it asks for from elsewhere."""
+    (folder / "page.html").write_text(page.replace("</body>", f"{LOOK}</body>"))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=5000"]
+    command += ["--proxy-server=127.0.0.1:9", "--proxy-bypass-list=<-loopback>"]  # where nothing answers
+    command += ["--enable-logging=stderr", f"--log-net-log={folder / 'net.json'}", "--dump-dom"]
+    done = subprocess.run([*command, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=240)
+    seen = json.loads(done.stdout.split('<pre id="seen">')[1].split("</pre>")[0])
+    started = [each.get("params", {}) for each in json.loads((folder / "net.json").read_text())["events"]]
+    own = "not an origin"  # of what the browser itself asks for
+    asked = [each["url"] for each in started if each.get("initiator", own) != own]
+    return seen, [line for line in done.stderr.splitlines() if "CONSOLE" in line], asked
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_browser_shows_every_section_of_the_report_without_an_error_or_a_request(contest, tmp_path, width):
+    """On a screen and in a narrow window."""
+    page = (contest[0] / "report.html").read_text()
+    seen, console, asked = opened(page, tmp_path, width)
+    parsed = Page()
+    parsed.feed(page)
+    assert seen["sections"] == parsed.headings[1:]
+    assert len(seen["sections"]) >= 9
+    assert len(seen["drawn"]) == page.count("<img")
+    assert all(seen["drawn"])
+    assert seen["wider"] <= 0
+    assert console == []
+    assert asked == []
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+def test_what_is_hidden_or_asks_for_something_would_be_seen_in_a_browser(tmp_path):
+    """So that the test above can fail."""
+    seen, console, asked = opened(
+        "<html><body><section><h2>Here</h2><p style='height: 90px'></p></section>"
+        "<section style='display: none'><h2>Hidden</h2></section><img src='http://example.invalid/x.png'>"
+        "<p style='width: 3000px'>wide</p><script>console.error('wrong')</script></body></html>",
+        tmp_path,
+        500,
+    )
+    assert seen["sections"] == ["Here"]
+    assert seen["drawn"] == [False]
+    assert seen["wider"] > 0
+    assert any("wrong" in line for line in console)
+    assert asked == ["http://example.invalid/x.png"]
 
 
 def test_finished_runs_are_compared_as_they_are(contest, tmp_path):
