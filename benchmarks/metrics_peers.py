@@ -22,12 +22,19 @@ from pathlib import Path
 import torch
 from prdc import compute_prdc
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 from ancestral.measure.metrics import coverage, distances
 from ancestral.nets.inception import Inception
 from ancestral.rng import randn, stream
+
+SPEC = importlib.util.find_spec("torch_fidelity")
+assert SPEC, "torch-fidelity is not installed: the first lines of this file say how"
+sys.modules["torch_fidelity"] = types.ModuleType("torch_fidelity")  # its own first lines would import torchvision
+sys.modules["torch_fidelity"].__path__ = list(SPEC.submodule_search_locations or ())
+
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: E402
+from torchmetrics.image.fid import FrechetInceptionDistance  # noqa: E402
+from torchmetrics.image.kid import KernelInceptionDistance  # noqa: E402
 
 N, D, K = 500, 16, 5
 LIMIT = 1e-6
@@ -56,13 +63,6 @@ def peers(x: Tensor, y: Tensor) -> dict[str, float]:
 
 def inception(weights: Path | None) -> dict[str, float]:
     """The difference of Inception's features of images of some sizes, smaller and larger than those it sees."""
-    spec = importlib.util.find_spec("torch_fidelity")
-    assert spec is not None
-    package = types.ModuleType("torch_fidelity")  # its own first lines import torchvision, which this does not need
-    package.__path__ = list(spec.submodule_search_locations or ())
-    sys.modules["torch_fidelity"] = package
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
     ours = Inception().eval()
     with tempfile.TemporaryDirectory() as folder:
         path = weights or Path(folder) / "drawn.pth"

@@ -172,17 +172,20 @@ def test_values_of_kernel_distances_do_not_depend_on_order(name):
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_intervals_hold_zero_for_two_halves_of_the_same_data_as_often_as_they_say(name):
-    """And the mean over splits is 0 to its standard error: the estimates are unbiased."""
-    data = of_digits(6)[:300]
+    """And the mean over splits is 0 to its standard error: the estimates are unbiased.
+
+    Of 1,000 splits, whose share is known to 0.7%; of 200 of the distance that takes longest.
+    """
+    data, splits = of_digits(6)[:300], SPLITS if name == "frechet_extrapolated" else 1000
     found = []
-    for seed in range(SPLITS):
+    for seed in range(splits):
         order = torch.from_numpy(stream(seed, 5).permutation(len(data)))
         found.append(DISTANCES[name](data[order[:150]], data[order[150:]]))
     held = np.mean([each.low <= 0 <= each.high for each in found])
-    print(f"{name}: {held:.3f} of {SPLITS} intervals hold 0")
-    assert CALIBRATED[0] <= held <= CALIBRATED[1]
+    print(f"{name}: {held:.3f} of {splits} intervals hold 0")
+    assert 0.93 <= held <= 0.97
     values = np.array([each.value for each in found])
-    assert abs(values.mean()) < 4 * values.std(ddof=1) / SPLITS**0.5
+    assert abs(values.mean()) < 4 * values.std(ddof=1) / splits**0.5
 
 
 @pytest.mark.parametrize("name", DISTANCES)
