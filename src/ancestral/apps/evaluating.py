@@ -171,11 +171,8 @@ def evaluation(
     if isinstance(saved.model, GAN):
         question.refuse_a_likelihood(saved, other, sweep)
     bench = question.bench(saved.model, examples) if question.group.first else None  # features that are not, fail here
-    if isinstance(saved.model, GAN):
-        whole, found = None, []
-    else:
-        whole = question.asked(saved, examples)
-        found = [(saved, whole), *((each, question.asked(each, examples, whole)) for each in opened[1:])]
+    whole = None if isinstance(saved.model, GAN) else question.asked(saved, examples)
+    found = [(saved, whole), *((each, question.asked(each, examples, whole)) for each in opened[1:])] if whole else []
     ode, comparison = question.ode(saved, examples, whole) if whole else None, None
     between = question.gap(saved, examples, whole) if whole else None
     if other and whole:
