@@ -96,6 +96,12 @@ def test_the_frechet_distance_of_singular_covariances_is_exact():
     )
 
 
+def test_the_frechet_distance_of_fewer_examples_than_features_is_that_of_their_covariances():
+    x, y = normal(24, 40, 1), normal(30, 40, 2, scale=1.5, shift=0.3)
+    exact = distances.frechet_of_moments(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    assert distances.frechet(x, y).value == pytest.approx(exact, rel=1e-6)
+
+
 def test_the_sliced_distance_of_one_direction_couples_quantiles_exactly():
     """Blocks of 3 and 2 examples of x, and 2 and 1 of y: on a grid of sixths every step is resolved."""
     x, y = normal(50, 1, 1), normal(30, 1, 2)
