@@ -1,6 +1,8 @@
 """Comparing families: intervals over seeds that hold what they say, who differs from whom, and the report."""
 
 import json
+import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from jsonschema import Draft202012Validator
@@ -17,7 +20,7 @@ from ancestral.apps import comparing
 from ancestral.apps.cli import app
 from ancestral.apps.output import number
 from ancestral.measure.compare import Contest, Entrant, difference, over_seeds, rows
-from ancestral.measure.metrics.intervals import around
+from ancestral.measure.metrics.intervals import around, of_share, student
 from ancestral.measure.record import Interval
 from ancestral.rng import stream
 
@@ -40,6 +43,27 @@ def test_an_interval_over_seeds_holds_the_mean_of_other_seeds_and_examples(seeds
     rng = stream(seeds)
     held = [over_seeds(families(seeds, deviation, 0.5, rng)[0]) for _ in range(REPEATS)]
     assert sum(one.low <= 0 <= one.high for one in held) / REPEATS > 0.95 - SLACK
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("p", [0.5, 0.97])
+def test_an_interval_of_a_share_over_seeds_holds_it_and_lies_between_0_and_1(seeds, p):
+    """Of seeds that differ as a beta law does, each counted on 150 trials, some of them with all hits."""
+    rng = stream(seeds)
+    held = []
+    for _ in range(REPEATS):
+        hits = rng.binomial(150, rng.beta(100 * p, 100 * (1 - p), seeds))
+        found = over_seeds([of_share(each / 150, 0.0, student(math.inf) ** 2 / 150) for each in hits], share=True)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        held.append(found.low <= p <= found.high)
+    assert np.mean(held) > 0.95 - SLACK
+
+
+def test_a_share_that_all_seeds_reach_whole_is_told_with_the_width_of_one():
+    """What seeds do not differ in, the examples still bound."""
+    one = of_share(1.0, 0.0, 0.025)
+    found = over_seeds([one, one, one], share=True)
+    assert (found.low, found.high) == pytest.approx((one.low, one.high), rel=1e-9)
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
@@ -143,6 +167,69 @@ def test_the_report_needs_nothing_else_and_can_be_read_without_pictures(contest)
     for row in record["rows"]:
         shown = number(Interval.model_validate(row["numbers"]["energy"])).split(" ")[0]
         assert shown in text
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+LOOK = """<pre id="seen"></pre><script>
+const box = (each) => each.getBoundingClientRect();
+const shown = (each) => each.checkVisibility({visibilityProperty: true, opacityProperty: true}) && box(each).height > 0;
+addEventListener("load", () => { document.getElementById("seen").textContent = JSON.stringify({
+  sections: [...document.querySelectorAll("section")].filter((each) => shown(each) && box(each).height > 60)
+    .map((each) => each.querySelector("h2")).filter(shown).map((each) => each.textContent),
+  drawn: [...document.images].map((each) => each.naturalWidth > 0 && shown(each)),
+  wider: document.documentElement.scrollWidth - innerWidth}); });
+</script>"""
+"""What a browser has laid out, told by a script that is put at the end of a copy of the page."""
+
+
+def opened(page: str, folder: Path, width: int) -> tuple[dict, list[str], list[str]]:
+    """A page in a browser: what is seen of it, what the console says, and what it asks for from elsewhere."""
+    (folder / "page.html").write_text(page.replace("</body>", f"{LOOK}</body>"))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},900", "--virtual-time-budget=5000"]
+    command += ["--proxy-server=127.0.0.1:9", "--proxy-bypass-list=<-loopback>"]  # where nothing answers
+    command += ["--enable-logging=stderr", f"--log-net-log={folder / 'net.json'}", "--dump-dom"]
+    done = subprocess.run([*command, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=240)
+    seen = json.loads(done.stdout.split('<pre id="seen">')[1].split("</pre>")[0])
+    started = [each.get("params", {}) for each in json.loads((folder / "net.json").read_text())["events"]]
+    own = "not an origin"  # of what the browser itself asks for
+    asked = [each["url"] for each in started if each.get("initiator", own) != own]
+    return seen, [line for line in done.stderr.splitlines() if "CONSOLE" in line], asked
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_browser_shows_every_section_of_the_report_without_an_error_or_a_request(contest, tmp_path, width):
+    """On a screen and in a narrow window."""
+    page = (contest[0] / "report.html").read_text()
+    seen, console, asked = opened(page, tmp_path, width)
+    parsed = Page()
+    parsed.feed(page)
+    assert seen["sections"] == parsed.headings[1:]
+    assert len(seen["sections"]) >= 9
+    assert len(seen["drawn"]) == page.count("<img")
+    assert all(seen["drawn"])
+    assert seen["wider"] <= 0
+    assert console == []
+    assert asked == []
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+def test_what_is_hidden_or_asks_for_something_would_be_seen_in_a_browser(tmp_path):
+    """So that the test above can fail."""
+    seen, console, asked = opened(
+        "<html><body><section><h2>Here</h2><p style='height: 90px'></p></section>"
+        "<section style='display: none'><h2>Hidden</h2></section><img src='http://example.invalid/x.png'>"
+        "<p style='width: 3000px'>wide</p><script>console.error('wrong')</script></body></html>",
+        tmp_path,
+        500,
+    )
+    assert seen["sections"] == ["Here"]
+    assert seen["drawn"] == [False]
+    assert seen["wider"] > 0
+    assert any("wrong" in line for line in console)
+    assert asked == ["http://example.invalid/x.png"]
 
 
 def test_finished_runs_are_compared_as_they_are(contest, tmp_path):

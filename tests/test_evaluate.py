@@ -1,21 +1,24 @@
 """Measuring held-out data: regression on what is known of all, tolerances, comparisons."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from ancestral.data import load
+from ancestral.data import Data, load
 from ancestral.diffusion.likelihood import estimate
 from ancestral.errors import OptionError
+from ancestral.gaussian import log_density
 from ancestral.measure import flow
-from ancestral.measure.evaluate import evaluate
+from ancestral.measure.evaluate import evaluate, gap
 from ancestral.measure.measured import regressed
-from ancestral.rng import stream
+from ancestral.protocol import Density
+from ancestral.rng import randn, stream
 from ancestral.training import recipes
 from ancestral.training.loop import State, steps
-from oracles import exact_model
+from oracles import exact_model, plain_facts
 
 QUICK = ["unet.width=8", "unet.blocks=1", "unet.octaves=0", "diffusion.chain=40"]
 DIGITS = load("digits")
@@ -113,6 +116,58 @@ def test_the_flow_and_the_bound_are_measured_on_the_same_examples(model):
     assert (record.kind, record.draws, record.probes) == ("lower bound", flow.DRAWS, 1)
     assert record.stderr_noise * 3 == pytest.approx(bound.in_unit(float(followed.stderr.norm())), rel=1e-9)
     assert record.stderr**2 == pytest.approx(record.stderr_examples**2 + record.stderr_noise**2, rel=1e-9)
+
+
+class Given:
+    """A density that is known, in the place of a trained model."""
+
+    def __init__(self, log_prob) -> None:
+        self.facts, self._log_prob = plain_facts(2), log_prob
+
+    def log_prob(self, x, *, rng, start):
+        return Density(self._log_prob(x.double()), "exact", None)
+
+
+def of_one_law(seed: int, n: int = 200) -> Data:
+    x = randn((2 * n, 2), stream(seed), dtype=torch.float32)
+    return Data(facts=plain_facts(2), train=x[:n], held_out=x[n:])
+
+
+def test_the_law_itself_has_no_likelihood_gap_as_often_as_its_interval_says():
+    """Over 200 data sets; the errors are those of the spread between them."""
+    law = Given(lambda x: log_density(x, torch.zeros(()), torch.ones(())).sum(1))
+    found = [gap(law, data, evaluate(law, data)) for data in map(of_one_law, range(200))]
+    values = torch.tensor([each.value for each in found])
+    assert abs(float(values.mean())) < 4 * float(values.std()) / 200**0.5
+    assert np.mean([each.stderr for each in found]) == pytest.approx(float(values.std()), rel=0.15)
+    assert 0.9 < np.mean([each.low <= 0 <= each.high for each in found]) < 1
+
+
+def test_a_density_made_of_its_training_examples_has_the_gap_that_they_make():
+    """A kernel estimate, in nats."""
+    data, width = of_one_law(0), 0.05
+
+    def log_prob(x):
+        z = torch.cdist(x, data.train.double()) / width
+        return (-z.square() / 2).logsumexp(1) - math.log(len(data.train) * 2 * math.pi * width**2)
+
+    law = Given(log_prob)
+    measured = evaluate(law, data)
+    found = gap(law, data, measured)
+    exact = float(log_prob(data.train.double()).mean() - log_prob(data.held_out.double()).mean())
+    assert found.value == pytest.approx(exact, rel=1e-9)
+    assert found.low > 2
+
+
+def test_the_gap_of_a_chain_is_that_of_measuring_both_sides_and_changes_neither(model):
+    """In bits/dim, of bounds by all terms, where no noise of the choice of terms comes between."""
+    measured = evaluate(model, DIGITS, draws=None)
+    found = gap(model, DIGITS, measured, draws=None)
+    swapped = dataclasses.replace(DIGITS, train=DIGITS.held_out, held_out=DIGITS.train)
+    plain = (measured.nats.mean() - evaluate(model, swapped, draws=None).nats.mean()) / (64 * math.log(2))
+    assert found.value == pytest.approx(float(plain), abs=4 * found.stderr)
+    assert found.stderr < 0.1
+    assert gap(model, DIGITS, measured, draws=None) == found
 
 
 def test_a_tolerance_is_reached_along_the_flow_with_more_examples(monkeypatch):

@@ -96,6 +96,12 @@ def test_the_frechet_distance_of_singular_covariances_is_exact():
     )
 
 
+def test_the_frechet_distance_of_fewer_examples_than_features_is_that_of_their_covariances():
+    x, y = normal(24, 40, 1), normal(30, 40, 2, scale=1.5, shift=0.3)
+    exact = distances.frechet_of_moments(x.mean(0), x.T.cov(), y.mean(0), y.T.cov())
+    assert distances.frechet(x, y).value == pytest.approx(exact, rel=1e-6)
+
+
 def test_the_sliced_distance_of_one_direction_couples_quantiles_exactly():
     """Blocks of 3 and 2 examples of x, and 2 and 1 of y: on a grid of sixths every step is resolved."""
     x, y = normal(50, 1, 1), normal(30, 1, 2)
@@ -172,17 +178,20 @@ def test_values_of_kernel_distances_do_not_depend_on_order(name):
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_intervals_hold_zero_for_two_halves_of_the_same_data_as_often_as_they_say(name):
-    """And the mean over splits is 0 to its standard error: the estimates are unbiased."""
-    data = of_digits(6)[:300]
+    """And the mean over splits is 0 to its standard error: the estimates are unbiased.
+
+    Of 1,000 splits, whose share is known to 0.7%; of 200 of the distance that takes longest.
+    """
+    data, splits = of_digits(6)[:300], SPLITS if name == "frechet_extrapolated" else 1000
     found = []
-    for seed in range(SPLITS):
+    for seed in range(splits):
         order = torch.from_numpy(stream(seed, 5).permutation(len(data)))
         found.append(DISTANCES[name](data[order[:150]], data[order[150:]]))
     held = np.mean([each.low <= 0 <= each.high for each in found])
-    print(f"{name}: {held:.3f} of {SPLITS} intervals hold 0")
-    assert CALIBRATED[0] <= held <= CALIBRATED[1]
+    print(f"{name}: {held:.3f} of {splits} intervals hold 0")
+    assert 0.93 <= held <= 0.97
     values = np.array([each.value for each in found])
-    assert abs(values.mean()) < 4 * values.std(ddof=1) / SPLITS**0.5
+    assert abs(values.mean()) < 4 * values.std(ddof=1) / splits**0.5
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -249,23 +258,6 @@ def test_neighbourhoods_are_their_definitions():
     assert found.coverage.value == pytest.approx(in_real.any(0).mean(), rel=1e-12)
 
 
-def test_what_the_jackknife_leaves_out_is_what_measuring_again_without_it_leaves_out(monkeypatch):
-    """Every value without a block, worked out in one pass, is that of the sets without that block."""
-    seen = []
-    monkeypatch.setattr(coverage, "_jackknife", lambda values: seen.append(values) or intervals.around(0, 0))
-    x, y = normal(90, 2, 1), normal(80, 2, 2)
-    coverage.neighbourhoods(x, y, k=3)
-    every = torch.stack([values.double() for values in seen])
-    for b in (0, 4, 9):
-        kept = [
-            z[torch.cat([rows for c, rows in enumerate(intervals.blocks(len(z), coverage.BLOCKS)) if c != b])]
-            for z in (x, y)
-        ]
-        seen.clear()
-        coverage.neighbourhoods(*kept, k=3)
-        assert [float(values[0]) for values in seen] == pytest.approx(every[:, b + 1].tolist(), rel=1e-9)
-
-
 @pytest.mark.parametrize("D", [1, 6])
 def test_density_and_coverage_of_one_law_are_in_expectation_what_ranks_make_them(D):
     """1, and 1 - prod (m - 1 - i) / (n + m - 1 - i), in any dimension; for 60 samples and 80 examples, k = 3."""
@@ -277,15 +269,64 @@ def test_density_and_coverage_of_one_law_are_in_expectation_what_ranks_make_them
         assert abs(np.mean(values) - exact) < 4 * np.std(values, ddof=1) / 60**0.5
 
 
-def test_intervals_of_neighbourhoods_are_no_narrower_than_they_say():
-    """Wider by up to two where all is covered, which the docstring says; so 95% or more of the draws are held."""
-    found = [coverage.neighbourhoods(normal(120, 4, 2 * s, shift=0.5), normal(120, 4, 2 * s + 1)) for s in range(60)]
-    for name in ("precision", "recall", "density", "coverage"):
+def shifted(seed):
+    """Samples of a law beside the one of the data."""
+    return normal(120, 4, 2 * seed, shift=0.5), normal(120, 4, 2 * seed + 1)
+
+
+def wider(seed):
+    """Samples that are too far apart, in many dimensions: nearly all of the data is within reach of one."""
+    return normal(100, 16, 2 * seed, scale=1.15), normal(100, 16, 2 * seed + 1)
+
+
+def lacking(seed):
+    """Samples of three of five clusters."""
+    found = []
+    for i, kept in enumerate((3, 5)):
+        label = torch.from_numpy(stream(seed, i).integers(0, kept, 150))
+        found.append(normal(150, 5, 2 * seed + i) + 20 * torch.nn.functional.one_hot(label, 5))
+    return tuple(found)
+
+
+def digits_twice(seed):
+    """Digits in the samples' place, in eight components."""
+    rows = torch.from_numpy(stream(seed).permutation(len(DIGITS.train))[:240])
+    return COMPONENTS[rows[:120]], COMPONENTS[rows[120:]]
+
+
+COMPONENTS = of_digits(8)
+
+
+@pytest.mark.parametrize("law", [shifted, wider, lacking, digits_twice])
+def test_errors_of_neighbourhoods_are_the_spread_over_repeated_draws(law):
+    """Of 100 draws, whose own spread is known to 7%; and intervals hold the mean as often as they say."""
+    found = [coverage.neighbourhoods(*law(seed)) for seed in range(100)]
+    for name in ("precision", "recall", "coverage", "density"):
         each = [getattr(one, name) for one in found]
         values = np.array([one.value for one in each])
-        stderr = np.mean([one.stderr**2 for one in each]) ** 0.5
-        assert 0.85 < stderr / values.std(ddof=1) < 2.5
-        assert np.mean([one.low <= values.mean() <= one.high for one in each]) >= 0.95 - 3 * 0.028
+        ratio = np.mean([one.stderr**2 for one in each]) ** 0.5 / values.std(ddof=1)
+        held = np.mean([one.low <= values.mean() <= one.high for one in each])
+        print(f"{law.__name__} {name}: {values.mean():.3f}, stderr / spread {ratio:.2f}, {held:.2f} hold the mean")
+        assert 0.75 < ratio < 1.3
+        assert held > 0.95 - 4 * 0.022
+        assert name == "density" or all(0 <= one.low <= one.value <= one.high <= 1 for one in each)
+
+
+def test_a_share_of_all_has_an_interval_of_the_width_that_its_number_bears():
+    """Where all of 120 points are covered, the share may be 95% or 98%, and not 93%."""
+    y = normal(120, 2, 0)
+    found = coverage.neighbourhoods(y, y).coverage
+    assert found.value == found.high == 1
+    assert 0.95 < found.low < 0.98
+
+
+def test_the_interval_of_a_share_is_wilsons_and_its_spread_is_read_from_its_width():
+    for hits, n in [(0, 10), (3, 10), (10, 10), (480, 1000)]:
+        exact = scipy.stats.binomtest(hits, n).proportion_ci(0.95, "wilson")
+        w = intervals.student(math.inf) ** 2 / n
+        found = intervals.of_share(hits / n, 0.0, w)
+        assert (found.low, found.high) == pytest.approx((exact.low, exact.high), abs=1e-9)
+        assert intervals.spread(found) == pytest.approx(w, rel=1e-9)
 
 
 def test_leaving_out_two_of_ten_classes_costs_their_shares():
@@ -419,7 +460,7 @@ def test_authenticity_of_one_percent_of_copies_falls_by_one_percent():
 def test_the_likelihood_gap_of_shifted_vectors_is_the_shift():
     a = normal(400, 1, 0)[:, 0]
     found = copying.likelihood_gap(a - 0.5, normal(300, 1, 1)[:, 0])
-    assert found.low < -0.5 < found.high
+    assert found.low < 0.5 < found.high
     assert found.stderr == pytest.approx((1 / 400 + 1 / 300) ** 0.5, rel=0.1)
 
 

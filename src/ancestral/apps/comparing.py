@@ -38,6 +38,7 @@ SHOWN = 64
 DEFINITIONS = {
     "likelihood": "negative log-likelihood of held-out examples, or a bound on it, by the family's own estimate",
     "rate": "samples for each second, drawn 64 at a time",
+    "gap": "how much likelier training examples are than held-out ones: 0 in expectation where nothing was memorised",
 } | {name: metric.says for name, metric in METRICS.items()}
 
 Tell = Callable[..., None]

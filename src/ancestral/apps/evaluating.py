@@ -17,11 +17,11 @@ from ancestral.errors import OptionError
 from ancestral.flow.model import Flow
 from ancestral.gan.model import GAN
 from ancestral.measure import chain, flow
-from ancestral.measure.evaluate import evaluate
-from ancestral.measure.measured import Measured
+from ancestral.measure.evaluate import evaluate, gap
+from ancestral.measure.measured import Measured, refuse_other
 from ancestral.measure.modes import apart, modes
 from ancestral.measure.quality import ENOUGH, SAMPLES, Bench
-from ancestral.measure.record import Averaged, Comparison, Evaluation, OdeLikelihood, RoundTrip, Samples
+from ancestral.measure.record import Averaged, Comparison, Evaluation, Interval, OdeLikelihood, RoundTrip, Samples
 from ancestral.training import checkpoint, durable
 from ancestral.training.checkpoint import Saved
 from ancestral.training.processes import Processes
@@ -77,13 +77,32 @@ class Question:
             seed=self.seed,
             progress=self.progress,
             group=self.group,
-            **(self._of_a_chain() if isinstance(model, Diffusion) else {}),
+            **(self._of_a_chain() | {"tolerance": self.tolerance} if isinstance(model, Diffusion) else {}),
         )
+
+    def bench(self, model: Model, examples: Data) -> Bench | None:
+        """What samples are held against; None if there are to be none, or there is too little data.
+
+        Raises:
+            OptionError: if there are no such features.
+        """
+        n = self.samples
+        if n is None:
+            n = WALKED if isinstance(model, Diffusion) else SAMPLES
+        if n == 0 or min(len(examples.held_out) // 2, len(examples.train)) < ENOUGH:
+            return None
+        return Bench(examples, n=n, features=self.features)
+
+    def gap(self, saved: Saved, examples: Data, held_out: Measured) -> Interval | None:
+        """How much likelier what it learnt from is; None of data that it was not trained on."""
+        if examples.facts.digest != saved.facts.digest:
+            return None
+        options = self._of_a_chain() if isinstance(saved.model, Diffusion) else {}
+        return gap(saved.model, examples, held_out, seed=self.seed, progress=self.progress, group=self.group, **options)
 
     def _of_a_chain(self) -> dict[str, Any]:
         return {
             "draws": None if self.likelihood == "all-steps" else chain.DRAWS,
-            "tolerance": self.tolerance,
             "limit": self.likelihood == "limit",
             "steps": self.steps,
             "variance": self.variance,
@@ -160,13 +179,13 @@ def evaluation(
             f"{other.path}: is for shape {other.facts.shape} with {other.facts.levels} levels, and {saved.path} for "
             f"{saved.facts.shape} with {saved.facts.levels}: only runs on data alike are compared"
         )
+    refuse_other(saved.facts, examples)
     question.refuse(saved, other, sweep)
-    if isinstance(saved.model, GAN):
-        whole, found = None, []
-    else:
-        whole = question.asked(saved, examples)
-        found = [(saved, whole), *((each, question.asked(each, examples, whole)) for each in opened[1:])]
+    bench = question.bench(saved.model, examples) if question.group.first else None  # features that are not, fail here
+    whole = None if isinstance(saved.model, GAN) else question.asked(saved, examples)
+    found = [(saved, whole), *((each, question.asked(each, examples, whole)) for each in opened[1:])] if whole else []
     ode, comparison = question.ode(saved, examples, whole) if whole else None, None
+    between = question.gap(saved, examples, whole) if whole else None
     if other and whole:
         theirs = question.asked(other, examples, whole)
         comparison = Comparison(run=str(other.path), likelihood=theirs.likelihood(), better=whole.over(theirs))
@@ -189,10 +208,11 @@ def evaluation(
         seed=question.seed,
         artifacts=artifacts,
         ode=ode,
+        gap=between,
         comparison=comparison,
         ema=averages if sweep else None,
         **(whole.record() if whole else {}),
-        **_of_samples(saved.model, examples, question, folder, artifacts),
+        **_of_samples(saved.model, examples, bench, question, folder, artifacts),
         **_of_inverse(saved.model, examples),
     )
     durable.write_json(folder / "evaluation.json", result.model_dump(mode="json", exclude_none=True))
@@ -200,14 +220,13 @@ def evaluation(
 
 
 def _of_samples(
-    model: Model, examples: Data, question: Question, folder: Path, artifacts: dict[str, str]
+    model: Model, examples: Data, bench: Bench | None, question: Question, folder: Path, artifacts: dict[str, str]
 ) -> dict[str, Any]:
     """How samples stand to data, with a picture of what may be copies, and which modes are reached, if it is known."""
     walks = isinstance(model, Diffusion)
-    n = question.samples if question.samples is not None else WALKED if walks else SAMPLES
     found: dict[str, Any] = {}
-    if n and min(len(examples.held_out) // 2, len(examples.train)) >= ENOUGH:
-        bench, parts, began = Bench(examples, n=n, features=question.features), list[Tensor](), time.perf_counter()
+    if bench:
+        parts, began = list[Tensor](), time.perf_counter()
         for start in range(0, bench.n, AT_ONCE):
             parts.append(model.sample(min(AT_ONCE, bench.n - start), rng=question.seed, start=start).cpu())
             question.progress("drawing samples", start + len(parts[-1]), bench.n)

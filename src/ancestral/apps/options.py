@@ -14,8 +14,8 @@ Ema = Annotated[
 Features = Annotated[
     str | None,
     typer.Option(
-        help="In which samples are compared: encoder, trained on the data (the default for images), pixels, pca, or "
-        "onnx:PATH."
+        help="In which samples are compared: encoder, trained on the data (the default for images), pixels, pca, "
+        "onnx:PATH, or inception:PATH for FID."
     ),
 ]
 Fitted = Annotated[

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ancestral.measure.quality import METRICS
+from ancestral.measure.quality import METRICS, called
 from ancestral.measure.record import Evaluation, Interval, Likelihood, OdeLikelihood
 from ancestral.training import resources
 from ancestral.training.processes import Processes
@@ -74,6 +74,7 @@ def evaluation_lines(result: Evaluation) -> list[str]:
         *_ode_lines(result),
         *_comparison_lines(result),
         *_baseline_lines(result),
+        *_gap_lines(result),
         *(
             f"  {f'average of length {each.length:g}':<24}{each.likelihood.value:10.4f} ± {each.likelihood.stderr:.4f}"
             f"   (made to {each.residual:.1%})"
@@ -116,6 +117,18 @@ def _baseline_lines(result: Evaluation) -> list[str]:
     return lines
 
 
+def _gap_lines(result: Evaluation) -> list[str]:
+    """Whether training examples are likelier than held-out ones."""
+    if result.gap is None:
+        return []
+    word = "as likely as held-out ones, for all that can be told"
+    if result.gap.low > 0:
+        word = "likelier than held-out ones, as what is memorised is"
+    elif result.gap.high < 0:
+        word = "less likely than held-out ones"
+    return [f"  {'likelihood gap':<24}{number(result.gap)}   training examples are {word}"]
+
+
 def _inverse_lines(result: Evaluation) -> list[str]:
     """The error of a flow's way there and back."""
     if result.round_trip is None:
@@ -137,9 +150,9 @@ def _sample_lines(result: Evaluation) -> list[str]:
             f"{found.evaluations} evaluations each",
             f"    {'':<24}{'model':<30}{'held-out data':<30}training data",
             *(
-                f"    {metric.label:<24}{number(found.model[name]):<30}{number(found.held_out[name]):<30}"
-                f"{number(found.training[name])}"
-                for name, metric in METRICS.items()
+                f"    {called(name, found.features):<24}{number(found.model[name]):<30}"
+                f"{number(found.held_out[name]):<30}{number(found.training[name])}"
+                for name in METRICS
                 if name in found.model
             ),
         ]

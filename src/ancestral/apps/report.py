@@ -14,7 +14,7 @@ from PIL.Image import Image
 from ancestral.apps.diagram import BLUE, FAINT, GREY, INK, MUTED, RED
 from ancestral.apps.output import number
 from ancestral.measure.compare import Contest, Row
-from ancestral.measure.quality import METRICS
+from ancestral.measure.quality import METRICS, called
 from ancestral.measure.record import Interval
 
 if TYPE_CHECKING:
@@ -118,14 +118,15 @@ def summary(result: Contest) -> str:
 def title(name: str, result: Contest) -> str:
     """What a number is called."""
     labels = {"likelihood": f"negative log-likelihood, {result.unit}", "rate": "samples a second"}
-    return labels.get(name) or METRICS[name].label
+    labels["gap"] = f"likelihood gap, {result.unit}"
+    return labels.get(name) or called(name, result.features)
 
 
 # Sections.
 
 
 def _glance(result: Contest) -> str:
-    names = [name for name in ("likelihood", *METRICS, "rate") if _with(result, name)]
+    names = [name for name in ("likelihood", *METRICS, "gap", "rate") if _with(result, name)]
     heads = [f"{escape(row.family)}{_failed(row)}" for row in result.rows]
     rows = "".join(
         f'<tr><th scope="row">{escape(title(name, result))}</th>{"".join(_cell(row, name) for row in result.rows)}'
@@ -189,7 +190,7 @@ def _likelihood(result: Contest) -> str:
 
 
 def _stability(result: Contest) -> str:
-    names = [name for name in ("likelihood", *METRICS) if any(name in row.between for row in result.rows)]
+    names = [name for name in ("likelihood", *METRICS, "gap") if any(name in row.between for row in result.rows)]
     failed = "".join(f"<td>{row.failed} of {row.runs}</td>" for row in result.rows)
     rows = f'<tr><th scope="row">runs that failed</th>{failed}</tr>' + "".join(
         f'<tr><th scope="row">{escape(title(name, result))}</th>'
@@ -353,7 +354,8 @@ def _with(result: Contest, name: str) -> bool:
 
 
 def _of_group(result: Contest, group: str) -> list[str]:
-    return [name for name, metric in METRICS.items() if metric.group == group and _with(result, name)]
+    groups = {name: metric.group for name, metric in METRICS.items()} | {"gap": "Memorisation"}
+    return [name for name, of in groups.items() if of == group and _with(result, name)]
 
 
 def _listed(words: Sequence[str]) -> str:

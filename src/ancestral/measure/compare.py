@@ -17,8 +17,8 @@ from pydantic import Field
 from ancestral.data import Data
 from ancestral.diffusion.model import STEPS, Diffusion
 from ancestral.gan.model import GAN
-from ancestral.measure.evaluate import evaluate
-from ancestral.measure.metrics.intervals import around, student
+from ancestral.measure.evaluate import evaluate, gap
+from ancestral.measure.metrics.intervals import around, of_share, spread, student, welch
 from ancestral.measure.quality import METRICS, Bench
 from ancestral.measure.record import Interval, Kind, Record
 from ancestral.training import checkpoint
@@ -31,7 +31,10 @@ FEW = 256
 """Samples by which the checkpoints of a run are told apart, at most."""
 
 BETTER = {"likelihood": "less", "rate": "more"} | {name: metric.better for name, metric in METRICS.items()}
+BETTER |= {"gap": None}
 """Which way each number is better."""
+
+SHARES = frozenset(name for name, metric in METRICS.items() if metric.share)
 
 
 class Look(Record):
@@ -44,8 +47,9 @@ class Look(Record):
 class Entrant(Record):
     """One run: what it cost and what it reached, at its end and at the best of its checkpoints.
 
-    `numbers` are the negative log-likelihood or its bound, where the family has one, samples for each second, and what
-    `quality.METRICS` says of samples. `best` is the same of samples from the checkpoint that is nearest by `looks`.
+    `numbers` are the negative log-likelihood or its bound, where the family has one, by how much training examples are
+    likelier (`gap`), samples for each second, and what `quality.METRICS` says of samples. `best` is the same of samples
+    from the checkpoint that is nearest by `looks`.
     """
 
     family: str
@@ -131,6 +135,8 @@ def assess(
         measured = evaluate(model, data, n=LIKELIHOOD, progress=progress)
         found, kind = measured.likelihood(), measured.kind
         numbers["likelihood"] = around(found.value, found.stderr)
+        between = gap(model, data, measured, progress=progress)
+        numbers |= {"gap": between} if between else {}
     numbers["rate"] = _rate(model)
     samples = model.sample(bench.n, rng=0)
     numbers |= bench.of(samples)
@@ -200,15 +206,16 @@ def rows(entrants: Sequence[Entrant]) -> list[Row]:
     ]
 
 
-def over_seeds(each: Sequence[Interval]) -> Interval:
+def over_seeds(each: Sequence[Interval], *, share: bool = False) -> Interval:
     """The mean of a number over seeds, with an interval for other seeds and other examples.
 
         reach^2 = (t_{K-1} s)^2 / K + z^2 mean_k stderr_k^2
 
     for s the deviation between K seeds. The second part is of the examples, which all seeds are measured on and no
-    number of seeds makes smaller; samples of the model are in both, so the interval is somewhat wide.
+    number of seeds makes smaller; samples of the model are in both, so the interval is somewhat wide. That of a share
+    is made of the same reach, by p (1 - p), so that it lies in [0, 1].
 
-    Reference: Zou & Donner (2008) for the sum of squared reaches.
+    Reference: Zou & Donner (2008) for the sum of squared reaches; Wilson (1927) for shares.
 
     Example:
         >>> one = Interval(value=1.0, stderr=0.1, low=0.8, high=1.2)
@@ -220,9 +227,12 @@ def over_seeds(each: Sequence[Interval]) -> Interval:
         return each[0]
     values = [one.value for one in each]
     between, within = stdev(values) ** 2 / K, fmean(one.stderr**2 for one in each)
-    reach = (student(K - 1) ** 2 * between + student(math.inf) ** 2 * within) ** 0.5
-    mean = fmean(values)
-    return Interval(value=mean, stderr=(between + within) ** 0.5, low=mean - reach, high=mean + reach)
+    mean, stderr, of_seeds = fmean(values), (between + within) ** 0.5, student(K - 1) ** 2 * between
+    if share:
+        w = of_seeds / (mean * (1 - mean)) if 0 < mean < 1 else 0.0
+        return of_share(mean, stderr, w + fmean(spread(one) for one in each))
+    reach = (of_seeds + student(math.inf) ** 2 * within) ** 0.5
+    return Interval(value=mean, stderr=stderr, low=mean - reach, high=mean + reach)
 
 
 def difference(a: Sequence[Interval], b: Sequence[Interval]) -> Interval:
@@ -231,19 +241,16 @@ def difference(a: Sequence[Interval], b: Sequence[Interval]) -> Interval:
     With seeds enough it is Welch's, from the deviations between seeds alone, for what the examples share goes out of
     the difference; with a single one on either side, both errors are taken to be independent, which is wide.
 
-    Reference: Welch (1947).
     """
     of = fmean(one.value for one in a) - fmean(one.value for one in b)
     if min(len(a), len(b)) < 2:
         return around(of, (over_seeds(a).stderr ** 2 + over_seeds(b).stderr ** 2) ** 0.5)
-    parts = [(stdev([one.value for one in each]) ** 2 / len(each), len(each) - 1) for each in (a, b)]
-    total = sum(part for part, _ in parts)
-    below = sum(part**2 / freedom for part, freedom in parts)
-    return around(of, total**0.5, total**2 / below if below else math.inf)
+    return welch(of, *((stdev([one.value for one in each]) ** 2 / len(each), len(each) - 1) for each in (a, b)))
 
 
 def _means(each: Sequence[dict[str, Interval]]) -> dict[str, Interval]:
-    return {name: over_seeds([numbers[name] for numbers in each]) for name in (each[0] if each else ())}
+    names = each[0] if each else ()
+    return {name: over_seeds([numbers[name] for numbers in each], share=name in SHARES) for name in names}
 
 
 def _between(each: Sequence[dict[str, Interval]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from ancestral.flow.model import Flow
 from ancestral.gan.model import GAN
 from ancestral.measure import chain
 from ancestral.measure.measured import Measured, beside, shuffled
+from ancestral.measure.metrics import copying
+from ancestral.measure.record import Interval
 from ancestral.rng import stream
 from ancestral.training.processes import ALONE, Processes
 from ancestral.training.recipes import Model
@@ -21,6 +24,9 @@ from ancestral.vae.model import VAE
 
 BATCH = 250
 """Examples at a time."""
+
+LEARNT = 256
+"""Training examples whose likelihood is measured, at most, to hold it against that of held-out ones."""
 
 REPLICATES = 2
 """How many times over what is not exact is measured, from which the error of the noise is told."""
@@ -59,6 +65,44 @@ def evaluate(
     if isinstance(model, GAN):
         raise OptionError("a GAN has no likelihood: it can be sampled, and the samples compared, and no more")
     return _densities(model, data, **common, **options)
+
+
+def gap(
+    model: Model,
+    data: Data,
+    held_out: Measured,
+    *,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+    group: Processes = ALONE,
+    **options: Any,
+) -> Interval | None:
+    """How much likelier training examples are than held-out ones, on average, in the data's unit.
+
+        mean over held-out (-log p) - mean over training (-log p)
+
+    0 in expectation where nothing was memorised. Of training examples, as many as of held-out ones are measured, and
+    `LEARNT` at most, by the same estimator with noise of their own.
+
+    Args:
+        model: trained.
+        data: what it was trained on.
+        held_out: what was measured of held-out examples.
+        seed: the one of that measurement.
+        progress: told (what, done, of).
+        group: the processes that measure together; each of them returns the whole.
+        options: the others of that measurement.
+
+    Returns:
+        The difference with its interval; None if a single example was learnt from, which has no standard error.
+    """
+    if len(data.train) < 2:
+        return None
+    n = min(LEARNT, len(held_out.chosen))
+    learnt = replace(data, held_out=data.train)
+    training = evaluate(model, learnt, n=n, like=held_out, seed=seed + 1, progress=progress, group=group, **options)
+    found = copying.likelihood_gap(training.nats, held_out.nats)
+    return Interval(**{name: held_out.in_unit(value) for name, value in found})
 
 
 def _densities(

@@ -4,6 +4,7 @@
     pca          principal components of the training split, 64 at most
     encoder      what a small network sees that was trained on the training split, standardised over it: see `encoder`
     onnx:PATH    the first output of a network in a file, which is given examples in the model's units
+    inception:PATH   what Inception-v3 sees, with the weights in a file: the features of FID and KID, and no others are
 
 A distance means little without the features it was measured in and the number of samples, so both are part of how it
 is told: FD[digits-encoder@1a2b3c4d, N=10000]. Nothing is downloaded.
@@ -12,6 +13,7 @@ is told: FD[digits-encoder@1a2b3c4d, N=10000]. Nothing is downloaded.
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from ancestral.data import Data, Facts
 from ancestral.errors import OptionError, unknown
 from ancestral.measure import encoder
+from ancestral.nets.inception import Inception
 
 COMPONENTS = 64
 """Principal components, at most."""
@@ -30,7 +33,13 @@ FITTED = 2048
 AT_ONCE = 256
 """Examples at a time."""
 
-NAMES = ("pixels", "pca", "encoder", "onnx:PATH")
+NAMES = ("pixels", "pca", "encoder", "onnx:PATH", "inception:PATH")
+
+INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""SHA-256 of the weights that FID is defined by, `pt_inception-2015-12-05-6726825d.pth`."""
+
+SEEN = 16
+"""Images that Inception-v3 sees at a time, 0.1 GiB of values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +125,8 @@ def named(name: str, data: Data, *, seed: int = 0, folder: Path | None = None) -
     kind, _, path = name.partition(":")
     if kind == "onnx" and path:
         return _onnx(data, Path(path))
+    if kind == "inception" and path:
+        return _inception(data, Path(path))
     raise unknown("features", name, NAMES)
 
 
@@ -198,3 +209,33 @@ def _onnx(data: Data, path: Path) -> Features:
         return torch.from_numpy(out).flatten(1)
 
     return _made("onnx", data, {"file": torch.frombuffer(bytearray(content), dtype=torch.uint8)}, compute)
+
+
+def _inception(data: Data, path: Path) -> Features:
+    """What Inception-v3 sees of images as they are written to files: 8 bits, and grey in all three channels."""
+    if not data.facts.is_image or data.facts.levels is None or data.facts.shape[0] not in (1, 3):
+        raise OptionError(
+            f"features 'inception:{path}' are of grey or RGB images on levels, and {data.facts.name} has examples of "
+            f"shape {data.facts.shape}{'' if data.facts.levels else ' with real values'}: name others with --features"
+        )
+    if not path.is_file():
+        raise OptionError(
+            f"{path}: there is no such file; name the weights of Inception-v3, as in "
+            "inception:pt_inception-2015-12-05-6726825d.pth"
+        )
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != INCEPTION:
+        raise OptionError(
+            f"{path}: is not the file that FID is defined by (SHA-256 {found[:8]}..., which should be "
+            f"{INCEPTION[:8]}...): name pt_inception-2015-12-05-6726825d.pth"
+        )
+    weights = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+    network = Inception().eval()
+    network.load_state_dict({name: each for name, each in weights.items() if not name.startswith("fc.")})
+
+    def compute(x: Tensor) -> Tensor:
+        images = ((x + 1) * 127.5).round().clamp(0, 255).expand(-1, 3, -1, -1)
+        return torch.cat([network(part) for part in torch.split(images, SEEN)])
+
+    return _made("inception", data, network.state_dict(), compute)

@@ -222,17 +222,26 @@ def shuffled(facts: Facts, data: Data, n: int | None) -> Tensor:
     Raises:
         DataError: if the data is not of the shape and levels that a model was made for, or has too few examples.
     """
-    if (data.facts.shape, data.facts.levels) != (facts.shape, facts.levels):
-        raise DataError(
-            f"{data.facts.name}: examples of shape {data.facts.shape} with {data.facts.levels} levels, but the model "
-            f"was trained on shape {facts.shape} with {facts.levels}; name data like {facts.name}"
-        )
+    refuse_other(facts, data)
     order = torch.from_numpy(stream(0).permutation(len(data.held_out)))[:n]
     if len(order) < 2:
         raise DataError(
             f"{data.facts.name}: a standard error needs at least 2 held-out examples, there are {len(order)}"
         )
     return order
+
+
+def refuse_other(facts: Facts, data: Data) -> None:
+    """Refuses data of another shape or other levels than a model was made for.
+
+    Raises:
+        DataError: saying both.
+    """
+    if (data.facts.shape, data.facts.levels) != (facts.shape, facts.levels):
+        raise DataError(
+            f"{data.facts.name}: examples of shape {data.facts.shape} with {data.facts.levels} levels, but the model "
+            f"was trained on shape {facts.shape} with {facts.levels}; name data like {facts.name}"
+        )
 
 
 def beside(data: Data, like: Measured | None = None) -> tuple[Tensor, Tensor]:

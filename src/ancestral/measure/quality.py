@@ -43,6 +43,7 @@ class Sets:
         training: examples that were.
         features: of samples and of held-out examples.
         labels: that the features' network tells of both, if it tells classes.
+        inception: whether the features are those of FID.
     """
 
     raw: Tensor
@@ -52,6 +53,7 @@ class Sets:
     training: Tensor
     features: tuple[Tensor, Tensor]
     labels: tuple[Tensor, Tensor] | None
+    inception: bool = False
 
     @cached_property
     def near(self) -> coverage.Neighbourhoods:
@@ -69,6 +71,7 @@ class Metric:
         better: which way it is better, or None where it is to be read beside those of real data.
         says: its definition, in a sentence.
         of: from the sets; None of sets that cannot be asked.
+        share: whether it is one, from 0 to 1.
     """
 
     label: str
@@ -76,6 +79,7 @@ class Metric:
     better: Better | None
     says: str
     of: Callable[[Sets], Interval | None]
+    share: bool = False
 
 
 def _balance(sets: Sets) -> Interval | None:
@@ -103,8 +107,16 @@ METRICS = {
         "many samples (Heusel et al. 2017; Chong & Forsyth 2020).",
         lambda s: distances.frechet_extrapolated(*s.features) if len(s.x) >= 2 * s.features[0].shape[1] else None,
     ),
+    "fid": Metric(
+        "FID",
+        "Distance",
+        "less",
+        "The squared Fréchet distance between Gaussians of the same mean and covariance, in features of Inception-v3: "
+        "too large by about c/N, so only those of equal N can be compared (Heusel et al. 2017).",
+        lambda s: distances.frechet(*s.features) if s.inception else None,
+    ),
     "kid": Metric(
-        "KID",
+        "kernel distance²",
         "Distance",
         "less",
         "The squared mean discrepancy with the kernel (a.b / D + 1)^3, unbiased (Bińkowski et al. 2018).",
@@ -124,6 +136,7 @@ METRICS = {
         "How often a classifier that was fitted on half of samples and held-out examples is right on the other half: "
         "1/2 where it cannot tell (Lopez-Paz & Oquab 2017).",
         lambda s: twosample.classifier(*s.features, rng=stream(0)).statistic,
+        share=True,
     ),
     "precision": Metric(
         "precision",
@@ -132,6 +145,7 @@ METRICS = {
         "The share of samples within reach of a held-out example, which is as far as its fifth neighbour "
         "(Kynkäänniemi et al. 2019).",
         lambda s: s.near.precision,
+        share=True,
     ),
     "density": Metric(
         "density",
@@ -147,6 +161,7 @@ METRICS = {
         "more",
         "The share of held-out examples within reach of a sample (Kynkäänniemi et al. 2019).",
         lambda s: s.near.recall,
+        share=True,
     ),
     "coverage": Metric(
         "coverage",
@@ -154,6 +169,7 @@ METRICS = {
         "more",
         "The share of held-out examples with a sample within their reach (Naeem et al. 2020).",
         lambda s: s.near.coverage,
+        share=True,
     ),
     "vendi": Metric(
         "Vendi score",
@@ -169,6 +185,7 @@ METRICS = {
         "The total variation between the shares of classes among samples and among held-out examples, both as the "
         "features' network tells them: the share of samples that would have to be of another class.",
         _balance,
+        share=True,
     ),
     "duplicates": Metric(
         "exact copies",
@@ -176,6 +193,7 @@ METRICS = {
         None,
         "The share of samples that equal a training example in every value.",
         lambda s: share(len(copying.duplicates(s.raw, s.learnt)), len(s.raw)),
+        share=True,
     ),
     "copied": Metric(
         "nearer to training data",
@@ -184,6 +202,7 @@ METRICS = {
         "The share of samples that are nearer to a training example than to any of as many held-out ones: one half of "
         "what is new, all of what was copied.",
         lambda s: copying.copied(s.x, s.training, s.held_out),
+        share=True,
     ),
     "authentic": Metric(
         "authenticity",
@@ -192,6 +211,7 @@ METRICS = {
         "The share of samples that are farther from their nearest training example than that is from its own nearest "
         "(Alaa et al. 2022).",
         lambda s: copying.authenticity(s.x, s.training),
+        share=True,
     ),
     "data-copying": Metric(
         "C_T",
@@ -202,6 +222,21 @@ METRICS = {
         lambda s: around(copying.data_copying(s.x, s.training, s.held_out, rng=stream(0)).z, 1.0),
     ),
 }
+
+
+OF_INCEPTION = {"frechet": "FID∞", "kid": "KID"}
+"""What distances are called in the features of Inception-v3, and in no others."""
+
+
+def called(name: str, features: str) -> str:
+    """What a number is called, in features of such a name.
+
+    Example:
+        >>> called("kid", "digits-inception@1a2b3c4d"), called("kid", "digits-encoder@1a2b3c4d")
+        ('KID', 'kernel distance²')
+    """
+    kind = features.rpartition("@")[0].rpartition("-")[2]
+    return OF_INCEPTION.get(name, METRICS[name].label) if kind == "inception" else METRICS[name].label
 
 
 class Bench:
@@ -254,6 +289,7 @@ class Bench:
             training=self._vectors(self._training),
             features=(features(samples), self._seen),
             labels=(features.labels(samples), features.labels(against)) if features.classify else None,
+            inception=features.kind == "inception",
         )
         return {name: found for name, metric in METRICS.items() if (found := metric.of(sets))}
 

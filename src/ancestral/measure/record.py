@@ -188,6 +188,9 @@ class Evaluation(Record):
     n_held_out: int = Field(0, description="held-out examples for which they speak")
     n_evaluations: int | None = Field(None, description="of a diffusion model's network, over all examples")
     seconds: float = Field(0.0, description="that measuring the likelihood took")
+    gap: Interval | None = Field(
+        None, description="by how much training examples are likelier than held-out ones: above 0 is memorised"
+    )
     artifacts: dict[str, str]
     ode: OdeLikelihood | None = Field(None, description="along the probability-flow ODE, if it was asked for")
     comparison: Comparison | None = Field(None, description="with another run, if one was named")

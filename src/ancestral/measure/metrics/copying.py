@@ -6,7 +6,7 @@ data_copying      C_T, a rank test against held-out examples             0 of wh
 neighbour_ratio   nearest distance by that to the second                 near 1 of what is new, 0 of copies
 duplicates        which samples equal an example, byte by byte
 suspects          the pairs of a sample and an example that are nearest
-likelihood_gap    how much better the likelihood of what was learnt is   0 of a model that does not memorise
+likelihood_gap    how much likelier what was learnt is                    0 of a model that does not memorise
 """
 
 from dataclasses import dataclass
@@ -51,7 +51,9 @@ def copied(x: Tensor, training: Tensor, held_out: Tensor) -> Interval:
             f"received {len(training)} training and {len(held_out)} held-out examples: give as many of each"
         )
     to_training, to_held_out = (nearest(x, each)[0][:, 0] for each in (training, held_out))
-    return intervals.mean((to_training < to_held_out).double() + 0.5 * (to_training == to_held_out).double())
+    nearer = (to_training < to_held_out).double() + 0.5 * (to_training == to_held_out).double()
+    stderr, w = float(nearer.std() / len(x) ** 0.5), intervals.student(len(x) - 1) ** 2 / len(x)
+    return intervals.of_share(float(nearer.mean()), stderr, w)
 
 
 def authenticity(x: Tensor, training: Tensor) -> Interval:
@@ -234,9 +236,9 @@ def suspects(x: Tensor, training: Tensor, *, k: int = 10) -> Pairs:
 
 
 def likelihood_gap(training: Tensor, held_out: Tensor) -> Interval:
-    """Mean negative log-likelihood of training examples less that of held-out ones: below 0 is what was memorised.
+    """Mean negative log-likelihood of held-out examples less that of training ones: above 0 is what was memorised.
 
-    The error is that of two independent means.
+    The interval is Welch's, of two independent means.
 
     Args:
         training: of each example, in any unit, shape (n,), 2 at least.
@@ -247,10 +249,10 @@ def likelihood_gap(training: Tensor, held_out: Tensor) -> Interval:
 
     Example:
         >>> likelihood_gap(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).value
-        -2.0
+        2.0
     """
     a, b = intervals.mean(training.double()), intervals.mean(held_out.double())
-    return intervals.around(a.value - b.value, float(np.hypot(a.stderr, b.stderr)))
+    return intervals.welch(b.value - a.value, (a.stderr**2, len(training) - 1), (b.stderr**2, len(held_out) - 1))
 
 
 def _mann_whitney(a: Tensor, b: Tensor) -> float:

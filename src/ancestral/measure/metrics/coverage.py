@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 
 from ancestral.errors import OptionError
-from ancestral.measure.metrics.intervals import LEVEL, around, blocks
+from ancestral.measure.metrics.intervals import LEVEL, around, blocks, of_share, student
 from ancestral.measure.metrics.neighbours import by_rows
 from ancestral.measure.record import Interval
+from ancestral.rng import stream
+
+PART, FREEDOM = 500, 20
+"""Examples of a part of a set, at least where there are two such parts, and degrees of freedom, at least: divisions of
+both sets in parts tell the standard errors of what is made of neighbours."""
 
 BLOCKS = 10
-"""Blocks of examples that are left out in turn, from which the standard errors are told."""
+"""Blocks of samples that are left out in turn, from which that of the Vendi score is told."""
 
 DRAWS = 1000
 """Of shares of classes, from which their interval is told."""
@@ -46,12 +51,16 @@ def neighbourhoods(x: Tensor, y: Tensor, *, k: int = 5) -> Neighbourhoods:
         precision = mean_i [any_j d(x_i, y_j) <= r(y_j)],       density  = mean_i sum_j [d(x_i, y_j) <= r(y_j)] / k
         recall    = mean_j [any_i d(x_i, y_j) <= r(x_i)],       coverage = mean_j [min_i d(x_i, y_j) <= r(y_j)]
 
-    They depend on n and m: compare sets of equal sizes. The intervals are over both sets, by a jackknife over `BLOCKS`
-    blocks of both. For what is made of neighbours it errs on the wide side, up to twice where nearly all is covered;
-    an error for given balls, which is what counting trials makes, would be up to three times too small.
+    They depend on n and m: compare sets of equal sizes. The intervals are over both sets. Whether points are within
+    reach depends on their neighbours, so n of them are worth fewer trials. How much fewer is told by dividing both sets
+    at random in G parts, two or more, again and again: of a share that is S_g in part g, and S on average,
 
-    Reference: Kynkäänniemi et al. (2019), eqs. 1-3; Naeem et al. (2020), eqs. 4 and 6; Efron & Stein (1981), why the
-    jackknife errs on that side.
+        stderr^2 = F p (1 - p) / n,   F = max(mean Var_g S_g / (S (1 - S) / (n / G)), 1)
+
+    and the interval is Wilson's of n / F trials (m / F of examples). Of the density, stderr^2 = mean Var_g S_g / G.
+
+    Reference: Kynkäänniemi et al. (2019), eqs. 1-3; Naeem et al. (2020), eqs. 4 and 6; Kish (1965), section 8.2, for F,
+    the effect of the design; Wolter (2007), chapter 2, for parts at random.
 
     Args:
         x: samples, float64, shape (n, D).
@@ -59,7 +68,7 @@ def neighbourhoods(x: Tensor, y: Tensor, *, k: int = 5) -> Neighbourhoods:
         k: of the neighbour to which a ball reaches.
 
     Raises:
-        OptionError: if there are fewer than `BLOCKS` (k + 1) of either, or of different dimensions.
+        OptionError: if there are fewer than 4 (k + 1) of either, or of different dimensions.
 
     Example:
         >>> y = torch.linspace(0, 1, 100, dtype=torch.float64)[:, None]
@@ -67,31 +76,24 @@ def neighbourhoods(x: Tensor, y: Tensor, *, k: int = 5) -> Neighbourhoods:
         >>> found.precision.value, 0.5 < found.coverage.value < 0.6
         (1.0, True)
     """
-    if k < 1 or min(len(x), len(y)) < BLOCKS * (k + 1):
+    if k < 1 or min(len(x), len(y)) < 4 * (k + 1):
         raise OptionError(
-            f"received {len(x)} samples and {len(y)} examples for neighbour {k}: give {BLOCKS} (k + 1) of each at least"
+            f"received {len(x)} samples and {len(y)} examples for neighbour {k}: give 4 (k + 1) of each at least"
         )
-    reach_x, reach_y = _reaches(x, k), _reaches(y, k)
-    left_x, left_y = _left_out(len(x)), _left_out(len(y))
-    inside, held = torch.zeros(2, BLOCKS + 1, dtype=torch.float64)
-    reached = torch.zeros(len(y), BLOCKS + 1, dtype=torch.bool)
-    closest = torch.full((len(y), BLOCKS + 1), torch.inf, dtype=torch.float64)
-    for rows, d in by_rows(x, y):
-        for t in range(BLOCKS + 1):
-            keep = ~left_x[rows, t]
-            ball = (d[keep] <= reach_y[:, t]) & ~left_y[:, t]
-            inside[t] += ball.any(1).sum()
-            held[t] += ball.sum()
-            reached[:, t] |= (d[keep] <= reach_x[rows[keep], t, None]).any(0)
-            if keep.any():
-                closest[:, t] = torch.minimum(closest[:, t], d[keep].min(0).values)
-    n, m = (~left_x).sum(0).double(), (~left_y).sum(0).double()
-    return Neighbourhoods(
-        precision=_share(inside / n),
-        recall=_share((reached & ~left_y).sum(0) / m),
-        density=_jackknife(held / (k * n)),
-        coverage=_share(((closest <= reach_y) & ~left_y).sum(0) / m),
-    )
+    rng, G, divisions = stream(len(x), len(y)), max(2, min(len(x), len(y)) // PART), []
+    for _ in range(-(-FREEDOM // (G - 1))):
+        parts = (torch.from_numpy(rng.permutation(len(z))).tensor_split(G) for z in (x, y))
+        divisions.append(torch.stack([_standing(x[a], y[b], k) for a, b in zip(*parts, strict=True)]))
+    of_parts, value = torch.stack(divisions), _standing(x, y, k)
+    variance = of_parts.var(1).mean(0)
+    trials, S = torch.tensor([len(x), len(y), len(y)]), of_parts[..., :3].mean((0, 1))
+    F = torch.nan_to_num(variance[:3] / (S * (1 - S) / (trials / G)), nan=1.0).clamp(min=1)
+    shares = [
+        of_share(p, (f * p * (1 - p) / n) ** 0.5, student(FREEDOM) ** 2 * f / n)
+        for p, f, n in zip(value[:3].tolist(), F.tolist(), trials.tolist(), strict=True)
+    ]
+    density = around(float(value[3]), float(variance[3] / G) ** 0.5, FREEDOM)
+    return Neighbourhoods(precision=shares[0], recall=shares[1], density=density, coverage=shares[2])
 
 
 def expected_coverage(n: int, m: int, k: int = 5) -> float:
@@ -191,23 +193,26 @@ def class_balance(labels: Tensor, real: Tensor, *, classes: int, rng: np.random.
     return Interval(value=value, stderr=stderr, low=max(value - reach, 0.0), high=min(value + reach, 1.0))
 
 
-def _left_out(n: int) -> Tensor:
-    """Which of n examples are left out: none, then each of `BLOCKS` blocks, shape (n, 1 + BLOCKS)."""
-    left = torch.zeros(n, BLOCKS + 1, dtype=torch.bool)
-    for b, rows in enumerate(blocks(n, BLOCKS)):
-        left[rows, b + 1] = True
-    return left
+def _standing(x: Tensor, y: Tensor, k: int) -> Tensor:
+    """Precision, recall, coverage and density, shape (4,)."""
+    reach_x, reach_y = _reach(x, k), _reach(y, k)
+    inside = held = torch.zeros((), dtype=torch.float64)
+    reached, closest = torch.zeros(len(y), dtype=torch.bool), torch.full((len(y),), torch.inf, dtype=torch.float64)
+    for rows, d in by_rows(x, y):
+        ball = d <= reach_y
+        inside, held = inside + ball.any(1).sum(), held + ball.sum()
+        reached |= (d <= reach_x[rows, None]).any(0)
+        closest = torch.minimum(closest, d.min(0).values)
+    covered = (closest <= reach_y).double()
+    return torch.stack([inside / len(x), reached.double().mean(), covered.mean(), held / (k * len(x))])
 
 
-def _reaches(x: Tensor, k: int) -> Tensor:
-    """The distance of each example to its k-th neighbour: of all, then without each block, shape (n, 1 + BLOCKS)."""
-    reaches, columns = [], blocks(len(x), BLOCKS)
+def _reach(x: Tensor, k: int) -> Tensor:
+    """The distance of each example to its k-th neighbour, shape (n,)."""
+    reaches = []
     for rows, d in by_rows(x, x):
         d[torch.arange(len(rows)), rows] = torch.inf
-        near = torch.stack([part.topk(k, largest=False).values for part in (d[:, block] for block in columns)], 1)
-        found = [near.flatten(1).kthvalue(k).values]
-        found += [torch.cat([near[:, :b], near[:, b + 1 :]], 1).flatten(1).kthvalue(k).values for b in range(BLOCKS)]
-        reaches.append(torch.stack(found, 1))
+        reaches.append(d.topk(k, largest=False).values[:, -1])
     return torch.cat(reaches)
 
 
@@ -219,9 +224,3 @@ def _jackknife(values: Tensor) -> Interval:
     less = values[1:].double()
     stderr = ((BLOCKS - 1) / BLOCKS * (less - less.mean()).square().sum()).sqrt()
     return around(float(values[0]), float(stderr), BLOCKS - 1)
-
-
-def _share(values: Tensor) -> Interval:
-    """The same of what is between 0 and 1."""
-    found = _jackknife(values)
-    return found.model_copy(update={"low": max(found.low, 0.0), "high": min(found.high, 1.0)})

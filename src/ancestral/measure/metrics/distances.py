@@ -306,11 +306,14 @@ def _root(cov: Tensor) -> Tensor:
 def _frechet_of_blocks(x: Tensor, y: Tensor, *, pairs: bool = False) -> tuple[float, Tensor, Tensor]:
     """The distance of all examples, without each block (B,), and, if asked for, without each pair of blocks (B, B)."""
     _check(x, y)
-    B = FEW_BLOCKS
+    B, few = FEW_BLOCKS, min(len(x), len(y)) < x.shape[1]
     centre = y.mean(0)
-    moments = [_moments(each, centre) for each in (x, y)]
+    moments = [] if few else [_moments(each, centre) for each in (x, y)]
 
     def without(*left: int) -> float:
+        if few:
+            parts = ([rows for b, rows in enumerate(blocks(len(z), B)) if b not in left] for z in (x, y))
+            return _frechet_of_few(*(z[torch.cat(kept)] for z, kept in zip((x, y), parts, strict=True)))
         keep = torch.tensor([float(b not in left) for b in range(B)], dtype=torch.float64)
         (m_1, S_1), (m_2, S_2) = (_pooled(keep, *part) for part in moments)
         return frechet_of_moments(m_1, S_1, m_2, S_2)
@@ -320,6 +323,17 @@ def _frechet_of_blocks(x: Tensor, y: Tensor, *, pairs: bool = False) -> tuple[fl
         for b in range(a):
             lesser[a, b] = lesser[b, a] = without(a, b)
     return without(), torch.tensor([without(a) for a in range(B)], dtype=torch.float64), lesser
+
+
+def _frechet_of_few(x: Tensor, y: Tensor) -> float:
+    """The distance of fewer examples than features, without their covariances.
+
+    With S_1 = X^T X of examples X that are centred and divided by (n - 1)^1/2, and S_2 = Y^T Y, the singular values of
+    S_1^1/2 S_2^1/2 are those of X Y^T, which has a row for each example.
+    """
+    X, Y = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+    apart = (x.mean(0) - y.mean(0)).square().sum()
+    return float(apart + X.square().sum() + Y.square().sum() - 2 * torch.linalg.svdvals(X @ Y.T).sum())
 
 
 def _moments(x: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:

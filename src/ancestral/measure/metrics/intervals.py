@@ -65,6 +65,22 @@ def mean(values: Tensor) -> Interval:
     return around(float(values.mean()), float(values.std() / len(values) ** 0.5), len(values) - 1)
 
 
+def welch(value: float, *parts: tuple[float, int]) -> Interval:
+    """The interval of a difference of independent means, from the variance of each and its degrees of freedom.
+
+        v = (sum_i s_i^2)^2 / sum_i (s_i^4 / v_i)
+
+    Reference: Welch (1947).
+
+    Example:
+        >>> found = welch(0.0, (0.5, 9), (0.5, 9))
+        >>> round(found.high, 3) == round(student(18), 3)
+        True
+    """
+    total, below = sum(variance for variance, _ in parts), sum(variance**2 / v for variance, v in parts)
+    return around(value, total**0.5, total**2 / below if below else math.inf)
+
+
 def share(hits: int, n: int) -> Interval:
     """The share of n independent trials that are hits, with the exact binomial interval.
 
@@ -91,6 +107,45 @@ def share(hits: int, n: int) -> Interval:
     low = 0.0 if hits == 0 else _bisected(lambda p: at_least(hits, n, p) > tail)
     p = hits / n
     return Interval(value=p, stderr=(p * (1 - p) / n) ** 0.5, low=low, high=high)
+
+
+def of_share(value: float, stderr: float, w: float) -> Interval:
+    """The interval of a share p whose error grows and falls with theta (1 - theta), as that of trials does.
+
+        (p - theta)^2 <= w theta (1 - theta),   w = z^2 / n for n trials
+
+    It lies in [0, 1], and has a width where p is 0 or 1.
+
+    Reference: Wilson (1927).
+
+    Args:
+        value: p.
+        stderr: to be told with it.
+        w: squared reach by theta (1 - theta).
+
+    Example:
+        >>> found = of_share(1.0, 0.0, student(math.inf) ** 2 / 10)
+        >>> round(found.low, 4), found.high
+        (0.7225, 1.0)
+    """
+    middle, half = value + w / 2, (w * value * (1 - value) + w**2 / 4) ** 0.5
+    low = (middle - half) / (1 + w) if value > 0 else 0.0
+    high = (middle + half) / (1 + w) if value < 1 else 1.0
+    return Interval(value=value, stderr=stderr, low=low, high=high)
+
+
+def spread(found: Interval) -> float:
+    """The w with which `of_share` has the width L of an interval that is there.
+
+        L^2 (1 + w)^2 = 4 p (1 - p) w + w^2
+
+    Example:
+        >>> round(spread(of_share(0.9, 0.0, 0.25)), 9)
+        0.25
+    """
+    L2 = min(found.high - found.low, 1 - 1e-9) ** 2
+    b = 2 * found.value * (1 - found.value) - L2
+    return ((b**2 + (1 - L2) * L2) ** 0.5 - b) / (1 - L2)
 
 
 def at_least(hits: int, n: int, p: float) -> float:
