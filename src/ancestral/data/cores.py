@@ -1,5 +1,6 @@
 """Work over the cores there are."""
 
+import gc
 import os
 import pickle
 import signal
@@ -69,6 +70,7 @@ def _forked(work: Callable[[S], T], parts: Sequence[S], n: int) -> Iterator[T]:
 def _serve(work: Callable[[S], T], parts: Sequence[S], pipes: list[BinaryIO], write: int) -> None:
     """The life of a child; it leaves without a word, and without what its parent would do at the end."""
     with suppress(BaseException):
+        gc.freeze()  # what the parent has is not looked through again
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         for pipe in pipes:

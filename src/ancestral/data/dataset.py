@@ -243,7 +243,7 @@ def _chosen(files: tuple[File, ...] | None, where: NDArray[np.bool_]) -> tuple[F
 
 def content_key(example: NDArray[Any]) -> int:
     """The content of an example as 64 bits."""
-    return int.from_bytes(hashlib.blake2b(example.tobytes(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(example).data, digest_size=8).digest(), "big")
 
 
 def digest_of(*tensors: Tensor | None) -> str:

@@ -345,7 +345,8 @@ def _decode_at(
             reading.reject(Bad(item.name, entry))
         elif not take(item, entry):
             return kept, headers
-    work = partial(_entry, width=width, height=height, fit=reading.fit)
+    split = bool(items) and items[0].held_out is not None
+    work = partial(_entry, width=width, height=height, fit=reading.fit, keyed=not split)
     chunk = max(1, min(CHUNK, 2**20 // (3 * width * height)))
     for item, found in reading.over(items[len(done) :], work, "decoding", chunk, len(done)):
         if isinstance(found, Bad):
@@ -358,9 +359,9 @@ def _decode_at(
     return kept, headers
 
 
-def _entry(file: BinaryIO, *, width: int, height: int, fit: Fit) -> Entry:
+def _entry(file: BinaryIO, *, width: int, height: int, fit: Fit, keyed: bool) -> Entry:
     header, pixels = decode(file, width=width, height=height, fit=fit)
-    return header, content_key(pixels), pixels
+    return header, content_key(pixels) if keyed else 0, pixels
 
 
 def _own_split(items: list[Item]) -> tuple[list[Item], list[str]]:
@@ -375,7 +376,10 @@ def _own_split(items: list[Item]) -> tuple[list[Item], list[str]]:
     if held not in sides or train not in sides:
         return items, []
     kept = [
-        item._replace(held_out=side == held) for item, side in zip(items, sides, strict=True) if side in (held, train)
+        item._replace(held_out=own == held)
+        for own in (train, held)  # as the division wants them, which then has nothing to move
+        for item, side in zip(items, sides, strict=True)
+        if side == own
     ]
     left_out = len(items) - len(kept)
     return kept, [f"left out {left_out:,} images on neither side of its own split"] if left_out else []
