@@ -74,5 +74,5 @@ bench-solvers: $(INSTALLED) $(PEERS)  ## error against evaluations beside the pe
 	PYTHONPATH=src .venv-peers/bin/python benchmarks/solvers.py
 
 clean:  ## remove dist/ and caches; runs/ and the environments stay
-	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf dist build .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find src tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

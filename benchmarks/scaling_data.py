@@ -1,9 +1,10 @@
 """Images per second and peak memory of reading data, against how many there are and how they are packed.
 
-    python benchmarks/scaling_data.py [--counts 1000,10000,100000,1000000] [--kinds folder,zip,tar,tar.gz,npy,csv]
+    python benchmarks/scaling_data.py [--counts 1000,10000,100000,1000000] [--kinds folder,zip,tar,tar.gz,npy,csv,jpeg]
 
 The images are generated: noise of 32x32 RGB, as PNG where there are files; a table has 12 columns. Every point is read
-in a process of its own, after one reading that warms the page cache. Writes results/scaling_data.json.
+in a process of its own, after one reading that warms the page cache. JPEGs are read beside a bare loop of Pillow
+(decoding.py). Writes results/scaling_data.json.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import decoding
 import numpy as np
 
 HERE = Path(__file__).parent
 REPORT = HERE / "results" / "scaling_data.json"
 SIDE, COLUMNS = 32, 12
-KINDS = ("folder", "zip", "tar", "tar.gz", "npy", "csv")
+KINDS = ("folder", "zip", "tar", "tar.gz", "npy", "csv", "jpeg")
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -102,6 +104,12 @@ def measure(path: Path) -> dict[str, Any]:
     }
 
 
+def write(points: list[dict[str, Any]]) -> None:
+    """What is known so far: the last points may take an hour."""
+    REPORT.parent.mkdir(exist_ok=True)
+    REPORT.write_text(json.dumps({"cores": len(os.sched_getaffinity(0)), "points": points}, indent=2) + "\n")
+
+
 def main() -> None:
     """Make, read and report every point."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -112,10 +120,16 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure)))
         return
-    points = []
+    points: list[dict[str, Any]] = []
     for count in map(int, arguments.counts.split(",")):
         for kind in arguments.kinds.split(","):
             with tempfile.TemporaryDirectory() as root:
+                if kind == "jpeg":
+                    decoding.make(Path(root), count, SIDE)
+                    points.append({"kind": kind, **decoding.compare(Path(root), pairs=5)})
+                    print(f"{kind:<8}{json.dumps(points[-1])}", flush=True)
+                    write(points)
+                    continue
                 path = made(Path(root), kind, count)
                 command = [sys.executable, __file__, "--measure", str(path)]
                 runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
@@ -127,8 +141,7 @@ def main() -> None:
                 f"{point['data_mib']:,} MiB",
                 flush=True,
             )
-            REPORT.parent.mkdir(exist_ok=True)
-            REPORT.write_text(json.dumps({"cores": len(os.sched_getaffinity(0)), "points": points}, indent=2) + "\n")
+            write(points)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ancestral.data import archives, images, load
+from ancestral.data import archives, images, load, pixels
 from ancestral.errors import AncestralError, DataError, OptionError
 
 
@@ -205,14 +205,14 @@ class TestFolders:
     def test_an_unreadable_one_inside_is_said(self, tmp_path, monkeypatch):
         good(tmp_path)
         good(tmp_path / "locked")
-        listing = Path.iterdir
+        listing = os.scandir
 
-        def iterdir(self):
-            if self.name == "locked":
+        def scandir(path):
+            if Path(path).name == "locked":
                 raise PermissionError(13, "Permission denied")
-            return listing(self)
+            return listing(path)
 
-        monkeypatch.setattr(Path, "iterdir", iterdir)
+        monkeypatch.setattr(os, "scandir", scandir)
         assert "skipped 1 unreadable (locked/: Permission denied)" in load(tmp_path).description
         assert "cannot read locked/: Permission denied" in refusal(tmp_path, on_bad="fail")
         assert "Permission denied" in refusal(tmp_path / "locked")
@@ -236,8 +236,9 @@ class TestFolders:
         assert "6 train and 0 held-out examples: at least 2 and 1 are needed" in refusal(tmp_path)
 
     def test_more_than_memory_is_refused_before_decoding(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(images, "MAX_MEMORY", 6 * 12 * 12 * 3 - 1)
-        assert "ask for a smaller size" in refusal(good(tmp_path))
+        monkeypatch.setattr(pixels, "available_memory", lambda: 6 * 12 * 12 * 3 - 1)
+        monkeypatch.setattr(images, "decode", None)
+        assert "set ANCESTRAL_CACHE to a folder on a disk that can hold them" in refusal(good(tmp_path))
 
 
 def packed(path: Path, root: Path) -> Path:

@@ -1,14 +1,20 @@
 """A cache changes how long reading takes, and nothing else; it is whole or not there, and damage is noticed."""
 
+import json
 import os
+import signal
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
-from ancestral.data import Data, cache, images, load
+from ancestral.data import Data, build, cache, cores, images, load
 from ancestral.errors import DataError
+from ancestral.training import recipes, resources
 
 
 @pytest.fixture
@@ -29,7 +35,8 @@ def kept(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def decoded(monkeypatch) -> list[int]:
-    """Counts the images that are decoded."""
+    """Counts the images that are decoded, in this process."""
+    monkeypatch.setattr(cores, "usable_cores", lambda: 1)
     counted, decode = [], images.decode
 
     def counting(*arguments, **options):
@@ -136,3 +143,128 @@ def test_too_few_are_refused_as_without_it(tmp_path, kept):
         Image.new("L", (4, 4), seed).save(tmp_path / "two" / f"{seed}.png")
     with pytest.raises(DataError, match="two: holds 2 different examples"):
         load(tmp_path / "two")
+
+
+def half_done(photos: Path, by: int) -> None:
+    """A reading that is interrupted by a signal after its first dozen images."""
+
+    def interrupt(stage, done, of):
+        if stage == "decoding" and done >= 12:
+            os.kill(os.getpid(), by)
+
+    load(photos, progress=interrupt)
+
+
+@pytest.fixture
+def often(monkeypatch) -> None:
+    """Four images at a time, each made durable as it comes, and progress told each time."""
+    monkeypatch.setattr(images, "CHUNK", 4)
+    monkeypatch.setattr(images, "PAUSE", 0.0)
+    monkeypatch.setattr(build, "EVERY", 0.0)
+
+
+@pytest.fixture(params=["colour", "grey", "grey and colour", "sizes"])
+def various(photos, request) -> Path:
+    for path in sorted(photos.rglob("*.png")):
+        if request.param == "grey" or (request.param == "grey and colour" and int(path.stem) % 3):
+            Image.open(path).convert("L").save(path)
+    if request.param == "sizes":
+        Image.new("RGB", (20, 30), "red").save(photos / "b" / "29.png")
+    (photos / "a" / "04.png").write_bytes(b"no")
+    return photos
+
+
+@pytest.mark.parametrize("cut", ["", "line", "pixels", "more pixels"])
+def test_what_was_decoded_before_an_interruption_is_not_decoded_again(various, kept, decoded, often, monkeypatch, cut):
+    with monkeypatch.context() as patch:
+        patch.delenv("ANCESTRAL_CACHE")
+        plain = load(various)
+        in_one_go = len(decoded)
+    decoded.clear()
+    with pytest.raises(KeyboardInterrupt):
+        half_done(various, signal.SIGINT)
+    before = len(decoded)
+    decoded.clear()
+    (lines,), (pixels,) = kept.glob("*.partial/files.jsonl"), kept.glob("*.partial/pixels")
+    if cut == "line":
+        lines.write_bytes(lines.read_bytes()[:-3])
+    elif cut == "pixels":
+        pixels.write_bytes(pixels.read_bytes()[:-1])
+    elif cut == "more pixels":
+        pixels.write_bytes(pixels.read_bytes() + b"half an image")
+    again = load(various)
+    assert same(again, plain)
+    assert same(load(various), plain)
+    lost = {"": 0, "line": 1, "pixels": before, "more pixels": 0}[cut]
+    assert len(decoded) == in_one_go - before + lost
+    assert [path.suffix for path in kept.iterdir()] == [""]
+
+
+def test_a_process_that_is_killed_leaves_what_it_decoded(photos, kept, decoded, often):
+    child = os.fork()
+    if child == 0:
+        half_done(photos, signal.SIGKILL)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (lines,) = kept.glob("*.partial/files.jsonl")
+    there = [json.loads(line) for line in lines.read_bytes().splitlines()]
+    assert len(there) == 1 + 12
+    load(photos)
+    assert len(decoded) == 30 - 12
+
+
+def test_several_processes_decode_an_entry_once(photos, kept, decoded):
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(load, [photos, photos])
+    assert same(first, second)
+    assert len(decoded) == 30
+
+
+def test_what_is_decoded_need_not_fit_into_memory(tmp_path, kept, monkeypatch):
+    monkeypatch.setattr(cores, "usable_cores", lambda: 1)
+
+    def peak(side: int) -> int:
+        root = tmp_path / str(side)
+        root.mkdir(exist_ok=True)
+        for k in range(24):
+            Image.effect_noise((side, side), 50 + k).convert("RGB").save(root / f"{k}.bmp")
+            Image.new("RGB", (side, side), (k, 0, 0)).save(root / f"{k}.png")
+        tracemalloc.start()
+        try:
+            load(root)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(8)  # what is imported
+    small, large, decoded = peak(16), peak(512), 48 * 3 * 512 * 512
+    assert large - small < decoded / 4
+    monkeypatch.delenv("ANCESTRAL_CACHE")
+    assert peak(512) - small > decoded
+
+
+def test_an_entry_larger_than_memory_is_mapped_and_written_to_in_memory_alone(tmp_path):
+    size = 2 * (psutil.virtual_memory().total + psutil.swap_memory().total)
+    path = tmp_path / "x.npy"
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|u1", "fortran_order": False, "shape": (size // 2**20, 2**20)}
+        )
+        try:
+            file.truncate(file.tell() + size // 2**20 * 2**20)
+        except OSError:
+            pytest.skip("the disk has no files with holes")
+    x = cache._mapped(path)
+    x[-1, -1] = 7
+    assert (x.shape[0], x[-1, -1], cache._mapped(path)[-1, -1]) == (size // 2**20, 7, 0)
+
+
+def test_mapped_examples_do_not_count_as_memory_that_training_takes(photos, kept, monkeypatch):
+    def held() -> int:
+        data = load(photos, size=16)
+        setup = recipes.choose(data.facts, "images", "tiny")
+        return resources.cost(recipes.build(setup, data.facts), setup, data).data_bytes
+
+    assert held() == 0
+    monkeypatch.delenv("ANCESTRAL_CACHE")
+    assert held() == 30 * 3 * 16 * 16

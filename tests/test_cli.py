@@ -419,7 +419,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(tmp_path, monkeypa
 
 
 def test_what_does_not_fit_is_refused_with_a_batch_that_does(tmp_path, monkeypatch):
-    monkeypatch.setattr("ancestral.training.resources.available_memory", lambda: 2**30)
+    monkeypatch.setattr("ancestral.data.machine.available_memory", lambda: 2**30)
     words = ["train", "digits", "--steps", 2, "--to", tmp_path / "run", "--set", "training.batch=1000000"]
     result = ancestral(*words)
     assert result.exit_code == 2

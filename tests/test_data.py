@@ -462,7 +462,7 @@ class TestImages:
             save(tmp_path / f"{seed}.png", picture(seed))
         calls = []
         load(tmp_path, progress=lambda *call: calls.append(call))
-        assert [call for call in calls if call[1] == 20] == [("measuring", 20, 20), ("decoding", 20, 20)]
+        assert [call for call in calls if call[1] == 20] == [("decoding", 20, 20)]
 
     def test_a_link_back_up_does_not_go_round_for_ever(self, tmp_path):
         for seed in range(3):

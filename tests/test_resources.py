@@ -10,9 +10,10 @@ import torch
 
 from ancestral.apps import doctor
 from ancestral.data import load
+from ancestral.data.machine import cgroup_room
 from ancestral.errors import OptionError
 from ancestral.training import loop, recipes, resources
-from ancestral.training.resources import Cost, cgroup_room, refuse_if_too_large
+from ancestral.training.resources import Cost, refuse_if_too_large
 
 MEASURE = """
 import json, re, sys

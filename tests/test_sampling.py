@@ -1,5 +1,6 @@
 """Samples stream to the disk, are seen on their way, and go on where they stopped."""
 
+import csv
 import json
 import os
 import pickle
@@ -117,6 +118,24 @@ def test_the_array_is_one_that_numpy_maps_and_the_recipe_lies_beside_it(trained,
     assert record["images_per_second"] == pytest.approx(150 / record["seconds"], rel=0.01, abs=0.1)
     data = load(record["artifacts"]["npy"])  # it can be learnt from
     assert data.facts.shape == (1, 8, 8)
+
+
+def test_samples_of_a_table_are_a_table_with_the_names_of_its_columns(trained, tmp_path):
+    rows = np.random.default_rng(0).normal(size=(60, 2)) * [1e-3, 1e6]
+    with (tmp_path / "t.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerows([["width, mm", "word", 'prix "€"'], *([a, "x", b] for a, b in rows)])
+    settings = ["--set", "mlp.width=8", "--set", "mlp.depth=1", "--steps", 1]
+    result = ancestral("train", tmp_path / "t.csv", "--to", tmp_path / "run", *settings)
+    assert result.exit_code == 0, result.output
+    artifacts = json.loads(ancestral("sample", tmp_path / "run", "-n", 70, "--steps", 2, "--json").stdout)["artifacts"]
+    with Path(artifacts["csv"]).open(newline="", encoding="utf-8") as file:
+        names, *drawn = csv.reader(file)
+    assert names == ["width, mm", 'prix "€"']
+    assert np.array_equal(np.array(drawn, dtype=np.float32), np.load(artifacts["npy"]))
+    again = load(artifacts["csv"])
+    assert (again.facts.features, again.facts.n_train + again.facts.n_held_out) == (tuple(names), 70)
+    assert "csv" not in json.loads(ancestral("sample", trained, "--out", tmp_path, "--json").stdout)["artifacts"]
 
 
 def test_batches_are_the_samples_of_the_command_and_shares_of_them_make_the_whole(trained, tmp_path):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ancestral.data import Data, load
+from ancestral.data import Data, load, machine
 from ancestral.data.check import Check, Suggestion, check
 from ancestral.data.dataset import Fit, Progress
 from ancestral.data.sources import is_resized
@@ -64,7 +64,7 @@ def _suggested(data: Data) -> Suggestion:
     setup = recipes.choose(facts)
     model = recipes.build(setup, facts, 0)
     cost = resources.cost(model, setup, data)
-    resources.refuse_if_too_large(cost, setup.training.batch, resources.available_memory())
+    resources.refuse_if_too_large(cost, setup.training.batch, machine.available_memory())
     seconds = loop.pace(model, data, setup.training, seed=0, seconds=PACE)
     steps = setup.training.steps or max(1, round((setup.training.minutes or 1.0) * 60 / seconds))
     square = facts.is_image and facts.shape[1] == facts.shape[2]

@@ -12,6 +12,7 @@ import psutil
 import torch
 from torch import nn
 
+from ancestral.data import machine
 from ancestral.data.dataset import Examples, divide
 from ancestral.nets.precision import has_bfloat16
 from ancestral.training import loop, recipes, resources
@@ -22,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 
 def doctor(folder: Path = Path()) -> dict[str, Any]:
     """Versions, cores, threads, bfloat16, memory, disk, GPU, and the speed of a convolution, with what to mend."""
-    usable, threads = resources.usable_cores(), torch.get_num_threads()
+    usable, threads = machine.usable_cores(), torch.get_num_threads()
     found: dict[str, Any] = {
         "ancestral": version("ancestral"),
         "python": platform.python_version(),
@@ -34,7 +35,7 @@ def doctor(folder: Path = Path()) -> dict[str, Any]:
         "bfloat16": has_bfloat16(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "memory_gib": round(psutil.virtual_memory().total / GIB, 1),
-        "available_memory_gib": round(resources.available_memory() / GIB, 1),
+        "available_memory_gib": round(machine.available_memory() / GIB, 1),
         "free_disk_gib": round(resources.free_disk(folder) / GIB, 1),
         "convolution_gflop_per_second": {
             str(dtype).removeprefix("torch."): round(convolution_speed(dtype) / 1e9)

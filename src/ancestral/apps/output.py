@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ancestral.data import machine
 from ancestral.measure.quality import METRICS, called
 from ancestral.measure.record import Evaluation, Interval, Likelihood, OdeLikelihood
 from ancestral.training import resources
@@ -38,7 +39,7 @@ def plan_told(planned: Plan, group: Processes) -> tuple[list[str], dict[str, Any
     setup, cost, seconds = planned.setup, planned.cost, planned.seconds_per_step or 0.0
     total = setup.training.steps or 0
     memory = cost.memory(setup.training.batch // (group.count * setup.training.accumulate))
-    available, disk, free = resources.available_memory(), cost.disk(setup), resources.free_disk(Path())
+    available, disk, free = machine.available_memory(), cost.disk(setup), resources.free_disk(Path())
     gib = 2**30
     lines = [
         planned.data.description,

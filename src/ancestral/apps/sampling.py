@@ -2,6 +2,7 @@
 
 FOLDER/
   sample-0001.npy          the samples in the data's units; np.load(path, mmap_mode="r") reads what is looked at
+  sample-0001.csv          of a table, the same under the names of its columns
   sample-0001.json         how they were made
   sample-0001.png          the first of them, and on request sample-0001.gif and sample-0001-sheet.png
   sample-0001.partial/     all of this while it is being made, and preview.png
@@ -10,6 +11,7 @@ Nothing leaves the partial directory before it is whole, and the samples leave i
 what is there is all that has to be known in order to go on: whole batches count, and the rest of the file is cut off.
 """
 
+import csv
 import errno
 import hashlib
 import json
@@ -25,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -130,11 +133,22 @@ class Partial:
         durable.write(path, buffer.getvalue())
         return path
 
+    def table(self, x: NDArray[Any], columns: tuple[str, ...]) -> None:
+        """Write vectors as a table, each value with as many digits as tell it from others."""
+        path = self.named(".csv")
+        with path.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(columns)
+            rows.writerows(x)
+        durable.flush(path)
+
     def finish(self) -> dict[str, str]:
         """Give every file its final name, the samples last: once they have it, this directory only has to go."""
         x = np.load(self.samples, mmap_mode="r")
         shown = torch.from_numpy(x[: SHOWN if self.facts.is_image else POINTS].copy())
         self.picture(draw.grid(self.facts, shown), self.named(".png").name)
+        if self.facts.features:
+            self.table(x, self.facts.features)
         durable.write_json(self.named(".json"), self.recipe)
         final = {name: self.path.parent / self.named(suffix).name for name, suffix in ARTIFACTS.items()}
         for path in final.values():
@@ -144,7 +158,7 @@ class Partial:
         return {name: str(path) for name, path in final.items() if path.exists()}
 
 
-ARTIFACTS = {"png": ".png", "sheet": "-sheet.png", "gif": ".gif", "recipe": ".json", "npy": ".npy"}
+ARTIFACTS = {"png": ".png", "sheet": "-sheet.png", "gif": ".gif", "recipe": ".json", "csv": ".csv", "npy": ".npy"}
 """Suffix of each file, in the order in which they get their final names."""
 
 

@@ -1,6 +1,7 @@
 """Zip and tar archives of images: read where they are, and not trusted with a name, a size or a count."""
 
 import gzip
+import os
 import stat
 import tarfile
 import threading
@@ -44,11 +45,13 @@ def _read_zip(path: Path, reading: Reading) -> Examples:
     with archive:
         members = archive.infolist()
         _check_count(reading, len(members), sum(member.file_size for member in members))
-        lock = threading.Lock()  # members share one file position
+        lock, owner = threading.Lock(), [os.getpid()]  # members share one file position
 
         def opened(member: zipfile.ZipInfo) -> BinaryIO:
             _check_member(member.file_size)
             with lock:
+                if owner != [os.getpid()]:  # and so would processes that are forked
+                    archive.fp, owner[0] = path.open("rb"), os.getpid()
                 return BytesIO(archive.read(member))
 
         items = []

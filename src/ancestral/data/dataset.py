@@ -52,6 +52,7 @@ class Data:
         held_out_files: the same for the held-out examples.
         bad: what could not be read, each with the reason.
         notes: what a reader should know about how the data was read.
+        mapped: whether the examples lie in a file that is mapped into memory, which takes none of its own.
     """
 
     facts: Facts
@@ -63,6 +64,7 @@ class Data:
     held_out_files: tuple[File, ...] | None = None
     bad: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    mapped: bool = False
 
     def batch(self, indices: Tensor | Sequence[int]) -> Tensor:
         """The training examples at these indices in the model's units, float32, shape (B, *shape)."""
@@ -97,6 +99,7 @@ class Examples:
         files: where each example came from, or None.
         bad: files, or rows of a table, that could not be read, each with the reason.
         notes: what a reader should know.
+        digest: of what they are divided into, where that is known, as when they lie in a file that is mapped.
     """
 
     x: NDArray[Any]
@@ -108,6 +111,7 @@ class Examples:
     files: tuple[File, ...] | None = None
     bad: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    digest: str | None = None
 
 
 def printable(name: str) -> str:
@@ -151,13 +155,18 @@ def held_out_by_content(x: NDArray[Any]) -> NDArray[np.bool_]:
         >>> int(held_out_by_content(x).sum())
         209
     """
-    keys = np.array([content_key(example) for example in x], dtype=np.uint64)
+    return held_out_by_key([content_key(example) for example in x])
+
+
+def held_out_by_key(contents: Sequence[int]) -> NDArray[np.bool_]:
+    """What `held_out_by_content` says of examples with these contents, each as 64 bits."""
+    keys = np.array(contents, dtype=np.uint64)
     distinct = np.unique(keys)
     if len(distinct) < 3:
         raise DataError(
             f"holds {len(distinct)} different examples: at least 3 are needed, 2 to learn from and 1 held out"
         )
-    share = 0.2 if len(x) <= 10_000 else 0.1
+    share = 0.2 if len(keys) <= 10_000 else 0.1
     return keys <= np.clip(np.uint64(int(share * 2**64)), distinct[0], distinct[-3])
 
 
@@ -197,7 +206,7 @@ def divide(examples: Examples, *, name: str, source: str) -> Data:
         n_train=n_train,
         n_held_out=n_held_out,
         skipped=len(examples.bad),
-        digest=_digest(train, held, train_labels, held_out_labels),
+        digest=examples.digest or digest_of(train, held, train_labels, held_out_labels),
     )
     return Data(
         facts,
@@ -209,6 +218,7 @@ def divide(examples: Examples, *, name: str, source: str) -> Data:
         _chosen(examples.files, held_out),
         examples.bad,
         examples.notes,
+        mapped=examples.digest is not None,
     )
 
 
@@ -233,10 +243,11 @@ def _chosen(files: tuple[File, ...] | None, where: NDArray[np.bool_]) -> tuple[F
 
 def content_key(example: NDArray[Any]) -> int:
     """The content of an example as 64 bits."""
-    return int.from_bytes(hashlib.blake2b(example.tobytes(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(example).data, digest_size=8).digest(), "big")
 
 
-def _digest(*tensors: Tensor | None) -> str:
+def digest_of(*tensors: Tensor | None) -> str:
+    """SHA-256 of both sides and their labels, as `Facts.digest` has it."""
     digest = hashlib.sha256()
     for tensor in tensors:
         if tensor is None:

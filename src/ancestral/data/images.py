@@ -5,21 +5,32 @@ import os
 import stat
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from statistics import median
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from ancestral.data import cache, metadata
-from ancestral.data.dataset import Examples, File, Fit, OnBad, Progress, numbered, printable
-from ancestral.data.pixels import MAX_PIXELS, Stack, decode, measure
+from ancestral.data import cache, cores, metadata
+from ancestral.data.build import Build
+from ancestral.data.dataset import (
+    Examples,
+    File,
+    Fit,
+    OnBad,
+    Progress,
+    content_key,
+    held_out_by_key,
+    numbered,
+    printable,
+)
+from ancestral.data.pixels import MAX_PIXELS, Entry, Header, Stack, decode, measure
 from ancestral.errors import DataError
 
 T = TypeVar("T")
@@ -34,13 +45,13 @@ BROUGHT = {
     "pad": "resized and padded with black to",
     "stretch": "stretched to",
 }
-MAX_MEMORY = 2**33  # bytes that the decoded set takes
-CHUNK = 8  # files that a thread takes at a time
+MAX_FILE = 2**29  # bytes of one file
+PAUSE = 0.5  # seconds between reports of progress
+CHUNK = 64  # files that a process takes at a time, at most
 NAMED = 3  # unreadable files that a description names
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(NamedTuple):
     """One image file.
 
     Attributes:
@@ -48,16 +59,12 @@ class Item:
         open: how to read its bytes.
         held_out: its side of the source's own split, None without one.
         label: its class, where metadata names one.
-        size: upright width and height once measured.
-        mode: of its pixels, likewise.
     """
 
     name: str
     open: Callable[[], BinaryIO]
     held_out: bool | None = None
     label: str | None = None
-    size: tuple[int, int] = (0, 0)
-    mode: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,34 +103,35 @@ class Reading:
     def reject(self, bad: Bad) -> None:
         """Count a file that cannot be read, or refuse the source for it."""
         if self.on_bad == "fail":
-            raise DataError(
-                f"{self.where}: cannot read {bad}: repair or remove it, "
-                "or let unreadable files be skipped (on_bad='skip')"
-            )
+            raise self.refusal(str(bad))
         self.bad.append(bad)
 
+    def refusal(self, bad: str) -> DataError:
+        """Why a source is not read that holds this file."""
+        return DataError(
+            f"{self.where}: cannot read {bad}: repair or remove it, or let unreadable files be skipped (on_bad='skip')"
+        )
+
     def over(
-        self, items: list[Item], work: Callable[[BinaryIO], T], stage: str, take: Callable[[T], None]
-    ) -> list[Item]:
-        """The items on which `work` succeeds, whose results are taken one by one; the others are rejected."""
-        kept = []
-        told = -math.inf
-        chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders release the interpreter's lock
-        try:
-            for number, tried in enumerate(pool.map(partial(_attempt, work), chunks), 1):
-                for item, result in tried:
-                    if isinstance(result, Bad):
-                        self.reject(result)
-                    else:
-                        kept.append(item)
-                        take(result)
-                if self.progress and (number == len(chunks) or time.monotonic() - told >= 0.5):
-                    self.progress(stage, min(number * CHUNK, len(items)), len(items))
-                    told = time.monotonic()
-        finally:
-            pool.shutdown(cancel_futures=True)
-        return kept
+        self, items: Sequence[Item], work: Callable[[BinaryIO], T], stage: str, chunk: int = CHUNK, before: int = 0
+    ) -> Iterator[tuple[Item, T | Bad]]:
+        """Each item with what `work` makes of its bytes, or why it cannot; so many were done before."""
+        done, of, told = before, before + len(items), -math.inf
+        chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
+        made = cores.spread(partial(_attempt, work), chunks)
+        for own in chunks:
+            try:
+                results = next(made)
+            except MemoryError:
+                raise DataError(
+                    f"{self.where}: a process that was {stage} {printable(own[0].name)} and those that follow "
+                    "was ended, for want of memory or by a damaged file: free memory, or try without these files"
+                ) from None
+            yield from zip(own, results, strict=True)
+            done += len(own)
+            if self.progress and (done == of or time.monotonic() - told >= PAUSE):
+                self.progress(stage, done, of)
+                told = time.monotonic()
 
 
 def read_folder(root: Path, reading: Reading) -> Examples:
@@ -147,7 +155,7 @@ def _walk(folder: Path, prefix: str, seen: set[Path], root: Path) -> Iterator[It
         return
     seen.add(real)
     try:
-        entries = sorted(folder.iterdir())
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
         yield Bad(prefix or str(folder), reason(error))
         return
@@ -156,20 +164,19 @@ def _walk(folder: Path, prefix: str, seen: set[Path], root: Path) -> Iterator[It
             continue
         name = prefix + entry.name
         try:
-            mode = entry.stat().st_mode
+            found = entry.stat()
         except OSError as error:
             yield Bad(name, reason(error))
             continue
-        if entry.is_symlink() and not entry.resolve().is_relative_to(root):
+        if entry.is_symlink() and not Path(entry).resolve().is_relative_to(root):
             yield Bad(name, "a link that leads out of the folder")
-        elif stat.S_ISDIR(mode):
-            yield from _walk(entry, f"{name}/", seen, root)
-        elif stat.S_ISREG(mode) and is_wanted(entry.name):  # opening a FIFO would wait for ever
-            yield Item(name, partial(_binary, entry))
-
-
-def _binary(path: Path) -> BinaryIO:
-    return path.open("rb")
+        elif stat.S_ISDIR(found.st_mode):
+            yield from _walk(Path(entry), f"{name}/", seen, root)
+        elif stat.S_ISREG(found.st_mode) and is_wanted(entry.name):  # opening a FIFO would wait for ever
+            if found.st_size > MAX_FILE:
+                yield Bad(name, f"{found.st_size:,} bytes, at most {MAX_FILE:,} are read")
+            else:
+                yield Item(name, partial(FileIO, entry.path))
 
 
 def is_wanted(name: str) -> bool:
@@ -198,26 +205,36 @@ def read_items(reading: Reading, items: list[Item]) -> Examples:
         DataError: if there is none, or something cannot be read and `reading.on_bad` is "fail".
     """
     if reading.cache is None:
-        return _decoded(reading, items)
-    digests: list[str] = []
-    items = reading.over(items, cache.digest, "comparing", digests.append)
-    how = [reading.size, reading.fit, list(map(str, reading.bad))]
-    key = cache.key_of(zip((item.name for item in items), digests, strict=True), how)
-    found = cache.find(reading.cache, key)
-    if found is not None and (reading.on_bad == "skip" or not found.bad):
-        return found
-    examples = _decoded(reading, items)
+        return _decoded(reading, items, Stack(reading.where))
+    digests: dict[str, str] = {}
+    readable = []
+    for item, found in reading.over(items, cache.digest, "comparing"):
+        if isinstance(found, Bad):
+            reading.reject(found)
+        else:
+            readable.append(item)
+            digests[item.name] = found
+    rejected = len(reading.bad)
+    key = cache.key_of(digests.items(), [reading.size, reading.fit, list(map(str, reading.bad))])
+    kept = cache.find(reading.cache, key)
     try:
-        cache.keep(reading.cache, key, examples)
-    except DataError:  # too few to be divided, which is said by who divides them
-        return examples
+        if kept is None:
+            with Build(reading.cache / f"{key}.partial") as build:
+                kept = cache.find(reading.cache, key)  # another process may have made it in the meantime
+                if kept is None:
+                    kept = cache.keep(reading.cache, key, build, _decoded(reading, readable, build))
+                build.remove()
     except OSError as error:
+        del reading.bad[rejected:]
+        examples = _decoded(reading, readable, Stack(reading.where))
         return replace(examples, notes=(*examples.notes, f"the cache could not be written ({reason(error)})"))
-    return examples
+    if kept.bad and reading.on_bad == "fail":
+        raise reading.refusal(kept.bad[0])
+    return kept
 
 
-def _decoded(reading: Reading, items: list[Item]) -> Examples:
-    bad, size = reading.bad, reading.size
+def _decoded(reading: Reading, items: list[Item], stack: Stack | Build) -> Examples:
+    bad = reading.bad
     items, notes = _labelled(reading, sorted(items, key=lambda item: item.name))
     if not items and not bad:
         raise DataError(f"{reading.where}: holds no images: expected files ending in {', '.join(sorted(SUFFIXES))}")
@@ -226,25 +243,35 @@ def _decoded(reading: Reading, items: list[Item]) -> Examples:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata; the pixels are judged by themselves
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        items, pixels = _decode_all(reading, items)
+        items, headers = _decode_all(reading, items, stack)
     if not items:
         raise DataError(f"{reading.where}: nothing in it can be read as an image ({bad[0]})")
-    if size is None and len({item.size for item in items}) > 1:
-        notes.append("sizes differ: {} {}x{}".format(BROUGHT[reading.fit], *_common(items)))
+    x, keys = stack.finished()
+    if reading.size is None and len({header[:2] for header in headers}) > 1:
+        notes.append(f"sizes differ: {BROUGHT[reading.fit]} {x.shape[3]}x{x.shape[2]}")
     if bad:
         more = "; ..." if len(bad) > NAMED else ""
         notes.append(f"skipped {len(bad):,} unreadable ({'; '.join(map(str, bad[:NAMED]))}{more})")
     classes, labels = _classes(items)
     return Examples(
-        x=pixels.x,
+        x=x,
         levels=256,
         labels=labels,
         classes=classes,
-        held_out=None if items[0].held_out is None else np.array([item.held_out for item in items]),
-        files=tuple(File(item.name, *item.size, item.mode) for item in items),
+        held_out=_held_out(reading, items, keys),
+        files=tuple(File(item.name, *header) for item, header in zip(items, headers, strict=True)),
         bad=tuple(map(str, bad)),
         notes=tuple(notes),
     )
+
+
+def _held_out(reading: Reading, items: list[Item], keys: list[int]) -> NDArray[np.bool_]:
+    if items[0].held_out is not None:
+        return np.array([item.held_out for item in items])
+    try:
+        return held_out_by_key(keys)
+    except DataError as error:
+        raise DataError(f"{reading.where}: {error}") from None
 
 
 def _labelled(reading: Reading, items: list[Item]) -> tuple[list[Item], list[str]]:
@@ -252,7 +279,7 @@ def _labelled(reading: Reading, items: list[Item]) -> tuple[list[Item], list[str
     beside = [item for item in items if item.name.rpartition("/")[2] in metadata.NAMES]
     images = [item for item in items if item.name.rpartition("/")[2] not in metadata.NAMES]
     labels: dict[str, str] = {}
-    for item, found in _attempt(metadata.read, beside):
+    for item, found in zip(beside, _attempt(metadata.read, beside), strict=True):
         if isinstance(found, Bad):
             reading.reject(found)
         else:
@@ -265,33 +292,76 @@ def _labelled(reading: Reading, items: list[Item]) -> tuple[list[Item], list[str
         reading.reject(Bad(name, "listed in the metadata, and not there"))
     left_out = len(there - labels.keys())
     said = [f"left out {left_out:,} images that the metadata does not list"] if left_out else []
-    return [replace(item, label=labels[item.name]) for item in images if item.name in labels], said
+    return [item._replace(label=labels[item.name]) for item in images if item.name in labels], said
 
 
 def _passed_over(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _decode_all(reading: Reading, items: list[Item]) -> tuple[list[Item], Stack]:
-    """The items that can be read, and their pixels at one size."""
-    size = reading.size
-    if size is None:
-        measured: list[tuple[int, int, str]] = []
-        items = reading.over(items, measure, "measuring", measured.append)
-        items = [replace(item, size=own[:2], mode=own[2]) for item, own in zip(items, measured, strict=True)]
-    while True:
-        width, height = (size, size) if size else _common(items)
-        if 3 * width * height * len(items) > MAX_MEMORY:
-            raise DataError(
-                f"{reading.where}: {len(items):,} images of {width}x{height} take more than {MAX_MEMORY:,} bytes: "
-                "ask for a smaller size"
-            )
-        pixels = Stack(len(items), width, height)
-        work = partial(decode, width=width, height=height, fit=reading.fit)
-        kept = reading.over(items, work, "decoding", pixels.add)
-        if size or _common(kept) == (width, height):
-            return kept, pixels
-        items = kept  # a damaged file has decided the size of the sound ones: once more without it
+def _decode_all(reading: Reading, items: list[Item], stack: Stack | Build) -> tuple[list[Item], list[Header]]:
+    """The items that can be read, and their headers, with their pixels in the stack at one size.
+
+    All are presumed to have the size of the first: most sets are like that, and to measure takes half as long as to
+    decode. Where one differs, all are measured; where then those that decode have another size in common, that it is.
+    """
+    rejected = len(reading.bad)
+    if reading.size:
+        return _decode_at(reading, items, stack, (reading.size, reading.size))
+    target = stack.target or next(
+        (found[:2] for item in items for found in _attempt(measure, [item]) if isinstance(found, Header)), (1, 1)
+    )
+    kept, headers = _decode_at(reading, items, stack, target, alike=True)
+    if any(header[:2] != target for header in headers):
+        del reading.bad[rejected:]
+        target = _common([found for _, found in reading.over(items, measure, "measuring") if isinstance(found, Header)])
+        kept, headers = _decode_at(reading, items, stack, target)
+        if headers and _common(headers) != target:
+            del reading.bad[rejected:]
+            kept, headers = _decode_at(reading, items, stack, _common(headers))
+    return kept, headers
+
+
+def _decode_at(
+    reading: Reading, items: list[Item], stack: Stack | Build, target: tuple[int, int], *, alike: bool = False
+) -> tuple[list[Item], list[Header]]:
+    """The items that can be read, and their headers, with their pixels in the stack at this size.
+
+    Args:
+        alike: end at the first that had another size.
+    """
+    width, height = target
+    done = stack.begin(len(items), width, height)
+    kept: list[Item] = []
+    headers: list[Header] = []
+
+    def take(item: Item, header: Header) -> bool:
+        kept.append(item)
+        headers.append(header)
+        return not alike or header[:2] == target
+
+    for item, entry in zip(items, done, strict=False):
+        if isinstance(entry, str):
+            reading.reject(Bad(item.name, entry))
+        elif not take(item, entry):
+            return kept, headers
+    split = bool(items) and items[0].held_out is not None
+    work = partial(_entry, width=width, height=height, fit=reading.fit, keyed=not split)
+    chunk = max(1, min(CHUNK, 2**20 // (3 * width * height)))
+    for item, found in reading.over(items[len(done) :], work, "decoding", chunk, len(done)):
+        if isinstance(found, Bad):
+            stack.add(found.reason)
+            reading.reject(found)
+        else:
+            stack.add(found)
+            if not take(item, found[0]):
+                break
+    return kept, headers
+
+
+def _entry(file: BinaryIO, *, width: int, height: int, fit: Fit, keyed: bool) -> Entry:
+    header, pixels = decode(file, width=width, height=height, fit=fit)
+    return header, content_key(pixels) if keyed else 0, pixels
 
 
 def _own_split(items: list[Item]) -> tuple[list[Item], list[str]]:
@@ -306,7 +376,10 @@ def _own_split(items: list[Item]) -> tuple[list[Item], list[str]]:
     if held not in sides or train not in sides:
         return items, []
     kept = [
-        replace(item, held_out=side == held) for item, side in zip(items, sides, strict=True) if side in (held, train)
+        item._replace(held_out=own == held)
+        for own in (train, held)  # as the division wants them, which then has nothing to move
+        for item, side in zip(items, sides, strict=True)
+        if side == own
     ]
     left_out = len(items) - len(kept)
     return kept, [f"left out {left_out:,} images on neither side of its own split"] if left_out else []
@@ -333,22 +406,22 @@ def _folders(item: Item) -> list[str]:
     return item.name.split("/")[:-1]
 
 
-def _attempt(work: Callable[[BinaryIO], T], items: list[Item]) -> list[tuple[Item, T | Bad]]:
-    tried: list[tuple[Item, T | Bad]] = []
+def _attempt(work: Callable[[BinaryIO], T], items: Sequence[Item]) -> list[T | Bad]:
+    tried: list[T | Bad] = []
     for item in items:
         try:
             with item.open() as file:
-                tried.append((item, work(file)))
+                tried.append(work(file))
         except MemoryError:
             raise
         except Exception as error:  # a damaged or hostile file can raise nearly anything
-            tried.append((item, Bad(item.name, reason(error))))
+            tried.append(Bad(item.name, reason(error)))
     return tried
 
 
-def _common(items: list[Item]) -> tuple[int, int]:
+def _common(headers: Sequence[Header]) -> tuple[int, int]:
     """The width and height to bring all images to."""
-    if len({item.size for item in items}) == 1:
-        return items[0].size
-    side = 64 if items and median(min(item.size) for item in items) >= 64 else 32
+    if len({header[:2] for header in headers}) == 1:
+        return headers[0][:2]
+    side = 64 if headers and median(min(header[:2]) for header in headers) >= 64 else 32
     return side, side

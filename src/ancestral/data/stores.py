@@ -118,7 +118,10 @@ def _read(sides: dict[str, list[Any]], reading: Reading) -> Examples:
         sides = {"train": sides["train"], **({"test": sides[held]} if held else {})}
 
     def batches() -> list[tuple[str, Any]]:
-        return [(side, batch) for side, sources in sides.items() for source in sources for batch in _batches(source)]
+        found = [(side, batch) for side, sources in sides.items() for source in sources for batch in _batches(source)]
+        for _, batch in found:
+            batch.validate(full=True)  # what a damaged file says of its own parts is believed from here on
+        return found
 
     found = [(side, batch) for side, batch in arrays.guarded(reading.where, batches, "rows") if batch.num_rows]
     if not found:
@@ -129,11 +132,12 @@ def _read(sides: dict[str, list[Any]], reading: Reading) -> Examples:
         kind = field.type
         encoded = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
         if encoded or types.is_binary(kind) or types.is_large_binary(kind):
-            return read_items(reading, _items(reading, found, field.name, label))
+            items = arrays.guarded(reading.where, partial(_items, reading, found, field.name, label), "images")
+            return read_items(reading, items)
     for field in schema:
         if types.is_list(field.type) or types.is_fixed_size_list(field.type) or types.is_large_list(field.type):
             return arrays.guarded(reading.where, partial(_lists, reading.where, found, field.name, label))
-    columns = [_column(found, field, types) for field in schema]
+    columns = arrays.guarded(reading.where, lambda: [_column(found, field, types) for field in schema], "a table")
     held_out = np.concatenate([np.full(batch.num_rows, side == "test") for side, batch in found])
     return tables.from_columns(reading.where, columns, held_out=held_out if held_out.any() else None)
 

@@ -1,15 +1,13 @@
-"""What a run costs, estimated before it starts, and what this machine has to spend.
+"""What a run costs, estimated before it starts, and what this disk has to spend.
 
 Parameters, FLOPs and the activations that a gradient needs are counted on the model itself, with two examples and with
 four; memory is what they come to, with factors that were measured once and lean to the high side (docs/training.md).
 """
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,10 +28,6 @@ TRANSIENT = 1.5
 
 COPIES = 3
 """Copies of the weights while a checkpoint is written: what a channels-last tensor takes to become contiguous."""
-
-
-CGROUP_1, CGROUP_2 = ("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")
-"""Files of a control group, versions 1 and 2, that hold its limit and what it uses."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ def cost(model: Model, setup: Setup, data: Data) -> Cost:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         flops=counter.get_total_flops(),
         activation_bytes=(saved[1] - saved[0]) // 2,
-        data_bytes=sum(tensor.numel() * tensor.element_size() for tensor in examples),
+        data_bytes=0 if data.mapped else sum(tensor.numel() * tensor.element_size() for tensor in examples),
         averages=len({setup.training.ema, *LENGTHS}),
     )
 
@@ -107,51 +101,11 @@ def refuse_if_too_large(cost: Cost, batch: int, available: int) -> None:
     )
 
 
-def available_memory() -> int:
-    """Bytes that this process may have, those it has included: of what the machine has free and its cgroup allows."""
-    own = psutil.Process().memory_info().rss
-    return own + min([psutil.virtual_memory().available, *cgroup_room()])
-
-
-def cgroup_room(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Bytes left under each memory limit of the control groups this process is in, versions 1 and 2."""
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return []
-    room = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base = root / "memory" if controllers else root
-        names = CGROUP_1 if controllers else CGROUP_2
-        group = base / path.strip("/")
-        for folder in [group, *(parent for parent in group.parents if parent == base or base in parent.parents)]:
-            limit, used = (_number(folder / name) for name in names)
-            if limit is not None and used is not None:
-                room.append(max(0, limit - used))
-    return room
-
-
 def free_disk(path: Path) -> int:
     """Bytes free where this path is, or will be."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _number(path: Path) -> int | None:
-    """A limit, or None where there is none."""
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # "max"
-        return None
 
 
 def _losses(model: Model, data: Data, n: int) -> list[Tensor]:

@@ -14,7 +14,7 @@ from typing import Any, TypedDict, Unpack
 from filelock import FileLock, Timeout
 
 from ancestral import data as sources
-from ancestral.data import Data, draw
+from ancestral.data import Data, draw, machine
 from ancestral.data.dataset import Fit, OnBad, Progress
 from ancestral.errors import OptionError, RunError
 from ancestral.training import checkpoint, durable, loop, recipes, resources
@@ -120,7 +120,7 @@ def plan(
     model.to(group.device)
     cost = resources.cost(model, setup, data)  # a set-up that cannot run fails here
     at_a_time = setup.training.batch // (group.count * setup.training.accumulate)
-    resources.refuse_if_too_large(cost, at_a_time, min(group.gathered(resources.available_memory())) // group.local)
+    resources.refuse_if_too_large(cost, at_a_time, min(group.gathered(machine.available_memory())) // group.local)
     seconds = None
     if setup.training.steps is None or measure:
         wanted = (setup.training.minutes or 1.0) * 60

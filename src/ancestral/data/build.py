@@ -1,0 +1,145 @@
+"""Images that are being decoded, kept on the disk as they come, so that what is interrupted is gone on with.
+
+FOLDER/
+  pixels           the images so far, one behind the other
+  files.jsonl      the size they are brought to, then a line for each file: what was decoded, or why it cannot be read
+"""
+
+import json
+import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+from ancestral.data.dataset import content_key
+from ancestral.data.pixels import Entry, Header
+
+EVERY = 1.0  # seconds of work that a kill may cost
+
+
+class Build:
+    """A folder of images that one process at a time works on; others wait to enter.
+
+    It takes images as `pixels.Stack` does, in the memory of one. It is removed if the disk cannot be written, and kept
+    whatever else interrupts.
+
+    Args:
+        folder: where they are kept.
+
+    Attributes:
+        target: width and height of the images that are there already, or None.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.target: tuple[int, int] | None = None
+        self.lines: list[Any] = []
+        self.waiting: list[Any] = []
+        self.committed = 0.0
+
+    def __enter__(self) -> Self:
+        self._lock()
+        self.pixels = (self.folder / "pixels").open("ab")
+        self.journal = (self.folder / "files.jsonl").open("ab")
+        whole, end = [], 0
+        with suppress(ValueError):  # a line that was cut short
+            for line in (self.folder / "files.jsonl").read_bytes().splitlines(keepends=True):
+                whole.append(json.loads(line))
+                end += len(line)
+        if whole:
+            self.target, self.lines = (whole[0][0], whole[0][1]), whole[1:]
+        size = sum(map(self._size, self.lines))
+        if self.pixels.tell() < size:
+            self.target, self.lines, end, size = None, [], 0, 0
+        self.journal.truncate(end)
+        self.pixels.truncate(size)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, OSError):
+            self._commit()
+        for file in (self.pixels, self.journal):
+            with suppress(OSError):
+                file.close()
+        if isinstance(error, OSError):
+            self.remove()
+        self.lock.release()
+
+    def _lock(self) -> None:
+        self.lock = FileLock(self.folder / ".lock")
+        while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # whoever had it was done, and has removed the folder
+                self.lock.acquire()
+                if (self.folder / ".lock").exists():
+                    return
+                self.lock.release()
+
+    def remove(self) -> None:
+        """Give the space back."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def begin(self, capacity: int, width: int, height: int) -> list[Header | str]:
+        """What came of each file so far; nothing, if that was of another size."""
+        if self.target != (width, height):
+            self.target, self.lines, self.waiting = (width, height), [], [(width, height)]
+            self.journal.truncate(0)
+            self.pixels.truncate(0)
+        self._commit()
+        return [line if isinstance(line, str) else Header(*line[:3]) for line in self.lines]
+
+    def add(self, entry: Entry | str) -> None:
+        """Take the next image, or why a file cannot be read."""
+        line: Any = entry
+        if not isinstance(entry, str):
+            header, key, image = entry
+            line = [*header, len(image), key]
+            self.pixels.write(image.data)
+        self.lines.append(line)
+        self.waiting.append(line)
+        if time.monotonic() - self.committed >= EVERY:
+            self._commit()
+
+    def _commit(self) -> None:
+        """Make durable what was taken: a line is written when the pixels that it speaks of are."""
+        self.pixels.flush()
+        os.fsync(self.pixels.fileno())
+        self.journal.write(b"".join(json.dumps(line).encode() + b"\n" for line in self.waiting))
+        self.journal.flush()
+        self.waiting, self.committed = [], time.monotonic()
+
+    def finished(self) -> tuple[NDArray[np.uint8], list[int]]:
+        """All images, shape (N, C, H, W), mapped into memory, and the 64 bits of the content of each."""
+        self._commit()
+        there = [line for line in self.lines if not isinstance(line, str)]
+        keys, channels = [line[4] for line in there], [line[3] for line in there]
+        (width, height), path = self.target or (1, 1), self.folder / "pixels"
+        if len(set(channels)) > 1:  # grey ones among others
+            path = self._widened(channels, keys, width * height)
+        x = np.memmap(path, dtype=np.uint8, mode="r")
+        return x.reshape(len(there), max(channels), height, width), keys
+
+    def _widened(self, channels: list[int], keys: list[int], size: int) -> Path:
+        """A file of the images with three channels each; the keys change with them."""
+        with (self.folder / "pixels").open("rb") as narrow, (self.folder / "wide").open("wb") as wide:
+            for k, n in enumerate(channels):
+                image = narrow.read(n * size)
+                if n == 1:
+                    image *= 3
+                    keys[k] = content_key(np.frombuffer(image, dtype=np.uint8))
+                wide.write(image)
+        return self.folder / "wide"
+
+    def _size(self, line: Any) -> int:
+        if self.target is None or isinstance(line, str):
+            return 0
+        return int(line[3]) * self.target[0] * self.target[1]
