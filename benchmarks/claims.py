@@ -45,11 +45,9 @@ SHOWN = 10_000
 Rows = Iterator[dict[str, Any]]
 
 
-def distance(model: Any, data: Data) -> float:
-    """The squared energy distance of as many samples as there are held-out examples from them."""
-    x, y = (
-        data.facts.scale.forward(each, dtype=torch.float64).flatten(1) for each in (drawn(model, data), data.held_out)
-    )
+def distance(x: Tensor, y: Tensor, data: Data) -> float:
+    """The squared energy distance of two sets in the units of the data."""
+    x, y = (data.facts.scale.forward(each, dtype=torch.float64).flatten(1) for each in (x, y))
     return energy(x, y).value
 
 
@@ -67,7 +65,7 @@ def watched(data: Data, recipe: str | None, seed: int, steps: int | None) -> tup
     looks: list[float] = []
     try:
         looks.extend(
-            distance(model, data)
+            distance(drawn(model, data), data.held_out, data)
             for record in loop.steps(state, data, total, seed=seed)
             if record.step % (total // LOOKS) == 0
         )
@@ -75,12 +73,18 @@ def watched(data: Data, recipe: str | None, seed: int, steps: int | None) -> tup
         return None
     for name, player in state.players.items():
         player.module.load_state_dict(state.averages[name][setup.training.ema].module.state_dict())
-    return looks, distance(model, data)
+    return looks, distance(drawn(model, data), data.held_out, data)
 
 
 def spread(arguments: argparse.Namespace) -> Rows:
-    """Every family from every seed."""
+    """Every family from every seed, beside halves of the held-out data, and training data, in the samples' place."""
     data = load("digits")
+    half = len(data.held_out) // 2
+    real = distance(data.held_out[:half], data.held_out[half:], data)
+    copied = distance(data.train[: len(data.held_out)], data.held_out, data)
+    yield from (
+        {"family": name, "ends": [end]} for name, end in {"held-out data": real, "training data": copied}.items()
+    )
     for family in arguments.families:
         began, ends, restless = time.process_time(), [], []
         for seed in range(arguments.seeds):

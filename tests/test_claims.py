@@ -108,6 +108,8 @@ def test_a_set_and_its_other_half_are_one_law_and_a_copy_is_told():
 
 def test_a_run_that_failed_is_counted():
     assert claims.spread([None, None, 1.0]).failed == pytest.approx(2 / 3)
+    assert claims.spread([None, 2.0, 1.0]).worst == math.inf
+    assert claims.spread([3.0, 2.0, 1.0]).worst == 3
     calm, restless = claims.oscillation([5, 4, 3, 2, 1, 1, 1, 1]), claims.oscillation([5, 4, 3, 2, 1, 3, 1, 3])
     assert calm == (0, 0)
     assert restless[0] > 0.5

@@ -294,12 +294,26 @@ def test_what_a_family_cannot_answer_is_refused_before_anything_is_measured(trai
         ((trained, "--compare", tmp_path / "vae", "--steps", 5), "--steps is about the chain of a diffusion model"),
         ((tmp_path / "vae", "--tolerance", 0.1), "--tolerance is about the chain of a diffusion model"),
         ((tmp_path / "gan", "--likelihood", "ode"), "--likelihood ode is about the chain of a diffusion model"),
+        ((trained, "--draws", 5), f"--draws is of importance weights, of which {trained / 'final'}, a diffusion"),
+        ((tmp_path / "gan", "--draws", 5), "a gan, has none: leave it out"),
         ((tmp_path / "gan", "--compare", trained), "--compare is about a likelihood, and a gan has none: leave it out"),
     ):
         refused = ancestral("evaluate", *words)
         assert refused.exit_code == 2
         assert sentence in refused.stderr
         assert refused.stderr.strip().count("\n") == 0
+
+
+def test_more_draws_of_a_flow_on_levels_bring_its_bound_down_and_are_recorded(tmp_path):
+    """E[log mean_K(w)] rises with K: here by several standard errors of the noise."""
+    assert ancestral("train", "digits", "--family", "flow", "--to", tmp_path / "flow", "--steps", 3).exit_code == 0
+    found = []
+    for draws in (None, 100):
+        options = ("--n", 40, "--samples", 0, "--json", *(() if draws is None else ("--draws", draws)))
+        record = json.loads(ancestral("evaluate", tmp_path / "flow", *options).stdout)
+        assert record["draws"] == (draws or 1)
+        found.append(record["bits_per_dim"])
+    assert found[0]["value"] - found[1]["value"] > 3 * found[0]["stderr_noise"]
 
 
 def test_a_signal_ends_an_evaluation_with_3_and_leaves_nothing_half_written(trained):

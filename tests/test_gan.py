@@ -367,6 +367,18 @@ def test_a_standing_is_that_of_a_linear_critic():
     assert found.gap == pytest.approx(float((x.mean(0) - x[:10].mean(0)) @ w))
 
 
+def test_classes_that_samples_show_are_those_of_the_examples_they_copy():
+    """A memoriser shows all as they are; of K equal classes one alone is log K nats away; without labels, none."""
+    data, K = load("digits"), 10
+    x = data.facts.scale.forward(data.train, dtype=F64)
+    labels = data.train_labels
+    assert diagnostics.shown(x, x, labels) == (K, 0)
+    rows = torch.cat([(labels == k).nonzero()[:20, 0] for k in range(K)])
+    assert diagnostics.shown(x[rows[:20]], x[rows], labels[rows]) == (1, pytest.approx(math.log(K), abs=1e-12))
+    found = diagnostics.standing(lambda x: x.flatten(1).sum(1), x[:20], x[:20], x[:20])
+    assert found.classes is None
+
+
 def test_collapse_is_told_from_the_data_and_from_a_memoriser():
     """Held-out reals, copies of the training examples and half of the modes pass, and noise, which is no collapse; a
     point, a handful and two modes of eight do not.
@@ -426,3 +438,13 @@ def test_a_run_whose_generator_collapses_stops_and_says_so(tmp_path, monkeypatch
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     (found,) = [row["standing"] for row in rows if "standing" in row][-1:]
     assert set(found) == {"real", "fake", "steep_real", "steep_fake", "gap"}
+
+
+def test_a_run_on_labelled_data_says_how_many_classes_its_samples_show(tmp_path):
+    changes = ["gan.width=8", "training.batch=8", "training.pictures=0"]
+    made = start.prepare(load("digits"), to=tmp_path / "run", family="gan", steps=2, changes=changes)
+    for _ in made.steps():
+        pass
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 1 <= rows[-1]["standing"]["classes"] <= 10
+    assert rows[-1]["standing"]["uneven"] >= 0

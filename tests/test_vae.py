@@ -17,7 +17,7 @@ from ancestral.rng import Rows, randn, stream, streams
 from ancestral.toys import named
 from ancestral.training import loop
 from ancestral.vae.aggregate import LatentMixture, fit
-from ancestral.vae.bound import annealed, temperatures
+from ancestral.vae.bound import AT_ONCE, annealed, temperatures
 from ancestral.vae.decoders import FINEST, HASTE, START, Bernoulli, Gaussian, LogisticMixture
 from ancestral.vae.model import VAE
 from oracles import plain_facts
@@ -235,6 +235,20 @@ def test_weights_are_the_same_however_many_at_a_time(shape, ladder):
     torch.testing.assert_close(alone.log_sum, whole.log_sum[17:], rtol=0, atol=1e-9)
 
 
+def test_five_thousand_draws_are_decoded_no_more_than_so_many_at_a_time(monkeypatch):
+    """What is in memory at once does not grow with K, nor with the examples."""
+    data, sizes = load("digits"), []
+    model = VAE(data.facts, width=1, latents=2, components=1)
+    decoded = model.decoder.log_prob
+    monkeypatch.setattr(model.decoder, "log_prob", lambda x, out: sizes.append(len(x)) or decoded(x, out))
+    assert model.bound(data.held_out[:2], draws=5000).draws == 5000
+    assert sum(sizes) == 2 * 5000
+    assert max(sizes) <= AT_ONCE
+    sizes.clear()
+    model.log_prob(data.held_out[:300], draws=3)
+    assert max(sizes) <= AT_ONCE
+
+
 def test_streamed_sums_are_those_of_all_weights():
     log_w = 30 * randn((4, 1000), stream(0), dtype=torch.float64)
     found = Weights.of(log_w[:, :1])
@@ -417,6 +431,16 @@ def test_lines_through_latents_begin_and_end_where_they_should(ladder):
     assert torch.equal(way[:, 0], model.decode(z))
     assert torch.equal(way[:, -1], model.decode(model.encode(y)))
     assert torch.equal(model.interpolate(x, x, 2)[:, 1], model.decode(z))
+
+
+def test_lines_of_a_class_are_decoded_as_that_class():
+    data = load("digits")
+    model, x, y = stirred(VAE(data.facts, width=4, classes=True), 0.2), data.held_out[:3], data.held_out[3:6]
+    labels = torch.tensor([1, 7, 4])
+    way, untold = model.interpolate(x, y, 4, labels=labels), model.interpolate(x, y, 4)
+    assert torch.equal(way[:, 0], model.decode(model.encode(x, labels=labels), labels=labels))
+    assert torch.equal(way[:, -1], model.decode(model.encode(y, labels=labels), labels=labels))
+    assert not torch.equal(way, untold)
 
 
 def test_a_great_circle_keeps_the_length_of_latents():

@@ -64,7 +64,7 @@ def train(
     family: Annotated[str | None, typer.Option(help="diffusion (the default), vae, flow or gan.")] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="digits, images, vectors, or for likelihood digits_bits, mnist_bits; by default by shape."),
+        typer.Option(help="digits, images, vectors, mnist_bits, ladder, continuous, classic-gan, ..."),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="Network: tiny, small, base, dit-tiny, dit-small, dit-base.")
@@ -261,11 +261,13 @@ def evaluate(
         float | None, typer.Option(help="Measure until the standard error is this small, in bits/dim (or nats).")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=2, help="Of the chain, in place of the model's own.")] = None,
-    best: Annotated[
-        bool, typer.Option("--best", help="Of all chains of --steps steps, the one with the least bound.")
-    ] = False,
+    best: Annotated[bool, typer.Option("--best", help="Of all chains of --steps steps, the least bound.")] = False,
     variance: Annotated[
         str | None, typer.Option(help="Of the reverse chain: beta, fixed-large, fixed-small, learned or optimal.")
+    ] = None,
+    draws: Annotated[
+        int | None,
+        typer.Option(min=1, help="Weights: 64 (vae), 1 (flow on levels)."),
     ] = None,
     compare: Annotated[
         Path | None, typer.Option(metavar="OTHER", help="Another run, measured on the same examples and noise.")
@@ -275,9 +277,7 @@ def evaluate(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="That are compared with data: 1,000, or 256 of a diffusion model, and 120 at least; 0 for none."
-        ),
+        typer.Option(min=0, help="Compared with data: 1,000 (diffusion 256), and 120 at least; 0 for none."),
     ] = None,
     features: Features = None,
     seed: Seed = 0,
@@ -302,6 +302,7 @@ def evaluate(
                 steps=steps,
                 best=best,
                 variance=variance,
+                draws=draws,
                 seed=seed,
                 progress=progress.update,
                 samples=samples,

@@ -26,6 +26,8 @@ from ancestral.training import checkpoint, durable
 from ancestral.training.checkpoint import Saved
 from ancestral.training.processes import Processes
 from ancestral.training.recipes import Model
+from ancestral.vae import model as vae
+from ancestral.vae.model import VAE
 
 PAIRS = 24
 """Samples that are shown beside the training examples nearest to them."""
@@ -46,6 +48,7 @@ class Question:
         steps: of the chain, in place of the model's own.
         best: of all chains of so many steps, the one with the least bound.
         variance: of the reverse chain.
+        draws: importance weights of each example, where its bound is made of them; None for the family's own number.
         seed: of the noise.
         progress: told (what, done, of).
         samples: that are compared with data, at most; 0 for none.
@@ -59,6 +62,7 @@ class Question:
     steps: int | None
     best: bool
     variance: str | None
+    draws: int | None
     seed: int
     progress: Callable[[str, int, int], None]
     samples: int | None
@@ -77,7 +81,7 @@ class Question:
             seed=self.seed,
             progress=self.progress,
             group=self.group,
-            **(self._of_a_chain() | {"tolerance": self.tolerance} if isinstance(model, Diffusion) else {}),
+            **self._of_its_family(model, tolerance=self.tolerance),
         )
 
     def bench(self, model: Model, examples: Data) -> Bench | None:
@@ -97,8 +101,28 @@ class Question:
         """How much likelier what it learnt from is; None of data that it was not trained on."""
         if examples.facts.digest != saved.facts.digest:
             return None
-        options = self._of_a_chain() if isinstance(saved.model, Diffusion) else {}
-        return gap(saved.model, examples, held_out, seed=self.seed, progress=self.progress, group=self.group, **options)
+        return gap(
+            saved.model,
+            examples,
+            held_out,
+            seed=self.seed,
+            progress=self.progress,
+            group=self.group,
+            **self._of_its_family(saved.model),
+        )
+
+    def weights(self, model: Model) -> int | None:
+        """How many importance weights of each example its bound is made of; None if it is not."""
+        if isinstance(model, VAE):
+            return self.draws or vae.DRAWS
+        return self.draws or 1 if isinstance(model, Flow) and model.facts.levels else None
+
+    def _of_its_family(self, model: Model, **more: Any) -> dict[str, Any]:
+        """How its likelihood is measured, with what only a chain can be asked."""
+        if isinstance(model, Diffusion):
+            return self._of_a_chain() | more
+        draws = self.weights(model)
+        return {} if draws is None else {"draws": draws}
 
     def _of_a_chain(self) -> dict[str, Any]:
         return {
@@ -134,6 +158,10 @@ class Question:
         for each in (saved, other):
             if each and not isinstance(each.model, Diffusion):
                 self._refuse_a_chain(each)
+        if self.draws and not self.weights(saved.model):
+            raise OptionError(
+                f"--draws is of importance weights, of which {saved.path}, a {saved.family}, has none: leave it out"
+            )
         given = {"--compare": other is not None, "--ema": sweep, "--n": self.n is not None}
         if isinstance(saved.model, GAN):
             for name in (name for name, is_given in given.items() if is_given):
@@ -205,6 +233,7 @@ def evaluation(
         data=examples.facts.name,
         unit=examples.facts.unit,
         tolerance=question.tolerance,
+        draws=question.weights(saved.model),
         seed=question.seed,
         artifacts=artifacts,
         ode=ode,

@@ -186,7 +186,8 @@ def _model(result: Evaluation) -> str:
 
 def _took(result: Evaluation) -> str:
     evaluations = "" if result.n_evaluations is None else f"{result.n_evaluations:,} evaluations, "
-    return f"{evaluations}{result.seconds:.0f} s"
+    draws = "" if result.draws is None else f"{result.draws:,} draw{'s' if result.draws > 1 else ''}, "
+    return f"{evaluations}{draws}{result.seconds:.0f} s"
 
 
 def _apart(found: Likelihood | OdeLikelihood) -> str:

@@ -32,6 +32,8 @@ class Standing:
         steep_real: root mean square of ||grad D(x)|| on examples learnt from.
         steep_fake: the same on samples; that it grows without bound is how an unregularised game ends.
         gap: mean score of examples learnt from less that of held-out ones; well above 0, the critic has them by heart.
+        classes: how many classes samples show, each that of the example nearest to it; None without labels.
+        uneven: KL(q || p) in nats, with q the shares of these classes and p those of the examples; None without labels.
     """
 
     real: float
@@ -39,10 +41,14 @@ class Standing:
     steep_real: float
     steep_fake: float
     gap: float
+    classes: int | None = None
+    uneven: float | None = None
 
 
-def standing(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, held_out: Tensor) -> Standing:
-    """How a game stands on these examples, in the model's units, shape (B, ...) each.
+def standing(
+    critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, held_out: Tensor, labels: Tensor | None = None
+) -> Standing:
+    """How a game stands on these examples, in the model's units, shape (B, ...) each; labels of the real ones, (B,).
 
     Example:
         >>> found = standing(lambda x: 2 * x[:, 0], torch.ones(4, 3), torch.zeros(4, 3), torch.ones(4, 3))
@@ -53,13 +59,37 @@ def standing(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, hel
     score_fake, square_fake = squared_gradient(critic, fake)
     with torch.no_grad():
         score_held_out = critic(held_out)
+    classes, uneven = (None, None) if labels is None else shown(fake, real, labels)
     return Standing(
         real=float(score_real.detach().mean()),
         fake=float(score_fake.detach().mean()),
         steep_real=float(square_real.detach().mean().sqrt()),
         steep_fake=float(square_fake.detach().mean().sqrt()),
         gap=float(score_real.detach().mean() - score_held_out.mean()),
+        classes=classes,
+        uneven=uneven,
     )
+
+
+def shown(samples: Tensor, data: Tensor, labels: Tensor) -> tuple[int, float]:
+    """How many classes samples show, each that of the example nearest to it, and how unevenly, KL(q || p) in nats.
+
+    Reference: Srivastava et al. (2017), VEEGAN, section 5, for classes as the modes of data whose modes are not known.
+
+    Args:
+        samples: shape (B, ...).
+        data: examples, in the same units.
+        labels: of the examples, int64, shape (B,).
+
+    Example:
+        >>> data, labels = torch.tensor([[0.0], [1.0], [5.0], [6.0]]), torch.tensor([0, 0, 1, 1])
+        >>> shown(torch.tensor([[0.2], [0.4], [0.6], [1.2]]), data, labels)
+        (1, 0.6931471805599453)
+    """
+    found = labels[_distances(samples, data).argmin(1)]
+    q, p = (torch.bincount(of, minlength=int(labels.max()) + 1).double() / len(of) for of in (found, labels))
+    met = q > 0
+    return int(met.sum()), float((q[met] * (q[met] / p[met]).log()).sum())
 
 
 def collapsed(samples: Tensor, data: Tensor) -> str | None:

@@ -153,8 +153,8 @@ class GAN(nn.Module):
         """How the game stands on a batch and on held-out examples in the model's units; see `diagnostics.standing`."""
         with torch.no_grad():
             fake = self.generator(*self._made(batch))
-        found = standing(lambda x: self.critic(packed(x, self.pac)), batch.x, fake, held_out)
-        return asdict(found)
+        found = standing(lambda x: self.critic(packed(x, self.pac)), batch.x, fake, held_out, batch.labels)
+        return {name: value for name, value in asdict(found).items() if value is not None}
 
     def check(self, batch: Batch) -> str | None:
         """Why the generator has collapsed, on samples made beside a batch, or None; see `diagnostics.collapsed`."""

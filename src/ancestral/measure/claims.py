@@ -30,7 +30,7 @@ class Spread:
     Attributes:
         mean: over the runs that ended.
         deviation: between them.
-        worst: of them.
+        worst: of all runs; infinite if one failed, for no number is worse than none.
         failed: share of the runs that did not end in a model.
     """
 
@@ -50,15 +50,15 @@ def spread(values: Sequence[float | None]) -> Spread:
 
     Example:
         >>> spread([1.0, 3.0, None, 2.0])
-        Spread(mean=2.0, deviation=1.0, worst=3.0, failed=0.25)
+        Spread(mean=2.0, deviation=1.0, worst=inf, failed=0.25)
     """
     if len(values) < 2:
         raise OptionError(f"received {len(values)} runs: a spread is over 2 seeds at least")
     ended = torch.tensor([value for value in values if value is not None], dtype=torch.float64)
     failed = 1 - len(ended) / len(values)
-    if len(ended) < 2:
-        return Spread(float(ended.mean()) if len(ended) else math.nan, math.nan, math.inf, failed)
-    return Spread(float(ended.mean()), float(ended.std()), float(ended.max()), failed)
+    mean = float(ended.mean()) if len(ended) else math.nan
+    deviation = float(ended.std()) if len(ended) > 1 else math.nan
+    return Spread(mean, deviation, math.inf if failed else float(ended.max()), failed)
 
 
 def oscillation(distances: Sequence[float]) -> tuple[float, float]:

@@ -183,6 +183,9 @@ class Evaluation(Record):
         None, description="whether the model was trained for other steps, so this is another one's bound"
     )
     tolerance: float | None = Field(None, description="standard error that was asked for")
+    draws: int | None = Field(
+        None, description="importance weights of each example, twice over, of which its bound is made"
+    )
     seed: int
     n_images: int = Field(0, description="held-out examples whose likelihood was measured")
     n_held_out: int = Field(0, description="held-out examples for which they speak")

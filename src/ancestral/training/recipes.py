@@ -300,7 +300,7 @@ def change(setup: Setup, changes: Sequence[str]) -> Setup:
 
     Example:
         >>> change(Setup(recipe="x", mlp=MLPSection()), ["mlp.width=64", "process.schedule=linear"]).mlp
-        MLPSection(width=64, depth=4, octaves=4, variance=False)
+        MLPSection(width=64, depth=4, labels=False, octaves=4, variance=False)
     """
     record = setup.model_dump()
     allowed = [f"{section}.{key}" for section, keys in record.items() if isinstance(keys, dict) for key in keys]
@@ -364,13 +364,14 @@ def _diffusion(setup: Setup, facts: Facts) -> Diffusion:
             "a network with a learned schedule or variance is asked for more than its output, which one whose weights "
             "are divided cannot give: leave training.shard=true out"
         )
-    section = setup.unet or setup.dit
-    if section is None:
-        net: torch.nn.Module = MLP(facts.shape, **(setup.mlp or MLPSection()).model_dump())
+    section = setup.unet or setup.dit or setup.mlp or MLPSection()
+    classes = counted(facts.classes, facts.name, wanted=section.labels)
+    keywords = section.model_dump(exclude={"labels"})
+    if isinstance(section, MLPSection):
+        net: torch.nn.Module = MLP(facts.shape, classes=classes, **keywords)
     else:
-        classes = counted(facts.classes, facts.name, wanted=section.labels)
         kind = UNet if setup.unet else DiT
-        net = kind(facts.shape[0], classes=classes, levels=facts.levels, **section.model_dump(exclude={"labels"}))
+        net = kind(facts.shape[0], classes=classes, levels=facts.levels, **keywords)
     return Diffusion(net, process, facts, **diffusion.model_dump())
 
 

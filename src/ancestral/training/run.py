@@ -182,9 +182,10 @@ class Run:
 
     def _examples(self, step: int) -> tuple[Batch, Tensor]:
         """Examples and randomness for looking at a model after a step, and as many held-out examples."""
-        n = min(LOOKED, len(self.data.train), len(self.data.held_out))
-        batch = Batch(self.data.batch(range(n)), Rows((self.seed, step), n))
-        return batch, self.data.facts.scale.forward(self.data.held_out[:n])
+        n, device = min(LOOKED, len(self.data.train), len(self.data.held_out)), self.state.group.device
+        labels = None if self.data.train_labels is None else self.data.train_labels[:n].to(device)
+        batch = Batch(self.data.batch(range(n)).to(device), Rows((self.seed, step), n), labels)
+        return batch, self.data.facts.scale.forward(self.data.held_out[:n]).to(device)
 
     def _keep(self, record: Record, schedule: "_Schedule", rows: list[str]) -> None:
         """Write what is due after a step. The checkpoint comes last, so a run that goes on from it has the rest."""

@@ -65,10 +65,11 @@ class DiTSection(Section):
 
 
 class MLPSection(Section):
-    """Keywords of `MLP`; its shape comes from the data."""
+    """Keywords of `MLP`; its shape comes from the data, its classes when `labels` are to be learnt."""
 
     width: int = Field(128, ge=1)
     depth: int = Field(4, ge=1)
+    labels: bool = False
     octaves: int = Field(4, ge=0)
     variance: bool = False
 
@@ -133,5 +134,5 @@ class Setup(Section):
     @property
     def labels(self) -> bool:
         """Whether the model learns classes."""
-        sections = (self.unet, self.dit, self.vae, self.flow, self.gan)
+        sections = (self.unet, self.dit, self.mlp, self.vae, self.flow, self.gan)
         return any(section.labels for section in sections if section is not None)

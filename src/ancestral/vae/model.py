@@ -17,6 +17,9 @@ from ancestral.vae.aggregate import LatentMixture
 from ancestral.vae.bound import AT_ONCE
 from ancestral.vae.decoders import decoder
 
+DRAWS = 64
+"""Importance weights of each example, unless told otherwise."""
+
 TOGETHER = 16
 """Examples that are measured at a time, so that a pass of the network is over many draws of few examples."""
 
@@ -147,7 +150,7 @@ class VAE(nn.Module):
         return self.facts.to_raw(x.cpu())
 
     def log_prob(
-        self, x: Tensor, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None, draws: int = 64
+        self, x: Tensor, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None, draws: int = DRAWS
     ) -> Density:
         """The importance-weighted bound on log p(x), in nats of the data as given; see `importance.Weights`."""
         return self.bound(x, draws=draws, rng=rng, start=start, labels=labels).importance
@@ -157,7 +160,7 @@ class VAE(nn.Module):
         self,
         x: Tensor,
         *,
-        draws: int = 64,
+        draws: int = DRAWS,
         rng: Seeds = 0,
         start: int = 0,
         labels: Tensor | None = None,
@@ -252,15 +255,16 @@ class VAE(nn.Module):
             raise OptionError(f"received latent {dim}: this model has latents 0 to {self.latents - 1}")
         z = self.encode(x, labels=labels)[:, None].repeat(1, len(values), 1)
         z[:, :, dim] = torch.tensor(values, dtype=z.dtype)
-        known = None if labels is None else labels.repeat_interleave(len(values))
+        known = _repeated(labels, len(values))
         return self.decode(z.flatten(0, 1), labels=known).view(len(x), len(values), *self.facts.shape)
 
-    def interpolate(self, x: Tensor, y: Tensor, n: int) -> Tensor:
+    def interpolate(self, x: Tensor, y: Tensor, n: int, *, labels: Tensor | None = None) -> Tensor:
         """n examples from each x to each y, along great circles between their latents, shape (B, n, *shape).
 
             z(t) = ( sin((1 - t) a) z_x + sin(t a) z_y ) / sin(a),   a the angle between z_x and z_y
 
-        On the way the length of z stays among those that the prior has, which on a straight line it does not.
+        On the way the length of z stays among those that the prior has, which on a straight line it does not. A label
+        is of both ends of a line.
 
         Reference: White (2016), sampling generative networks, section 2; Shoemake (1985) for the formula.
 
@@ -271,7 +275,7 @@ class VAE(nn.Module):
             raise OptionError(
                 f"received {len(x)} and {len(y)} ends and n={n}: give as many of each, and n of 2 or more"
             )
-        z_x, z_y = (self.encode(ends).double()[:, None] for ends in (x, y))
+        z_x, z_y = (self.encode(ends, labels=labels).double()[:, None] for ends in (x, y))
         cosine = torch.cosine_similarity(z_x, z_y, 2)[..., None].clamp(-1, 1)
         a, t = cosine.arccos(), torch.linspace(0, 1, n, dtype=torch.float64)[:, None]
         straight = a.sin() < 1e-6
@@ -279,7 +283,7 @@ class VAE(nn.Module):
         from_x = torch.where(straight, 1 - t, ((1 - t) * a).sin() / a.sin())
         from_y = torch.where(straight, t, (t * a).sin() / a.sin())
         z = (from_x * z_x + from_y * z_y).to(self.dtype)
-        return self.decode(z.flatten(0, 1)).view(len(x), n, *self.facts.shape)
+        return self.decode(z.flatten(0, 1), labels=_repeated(labels, n)).view(len(x), n, *self.facts.shape)
 
     @torch.no_grad()
     def aggregate(self, x: Tensor, *, components: int = 10, rng: int = 0) -> LatentMixture:
