@@ -185,6 +185,24 @@ def test_a_wrong_step_fails_for_its_fault(step, claimed, reason):
     assert re.search(reason, row.reason), row.reason
 
 
+@pytest.mark.parametrize("declared", [1, 3])
+def test_evaluations_are_counted_and_a_claim_of_others_fails(declared):
+    _, faults = order.grade(replace(sample.heun, evaluations=declared), P.cosine(), "v")
+    assert faults == [f"declares {declared} evaluations in a step and takes 2"]
+
+
+def test_a_grid_of_fewer_times_than_were_asked_for_fails(laws):
+    with pytest.raises(OptionError, match="the grid has 1 times where 3 were asked for"):
+        law.grade(sample.heun, lambda process, n: GRIDS["uniform"](process, n // 2), P.cosine(), laws["gaussian"], 0)
+
+
+@pytest.mark.parametrize("predicts", ["eps", "score"])
+def test_what_is_undefined_where_no_signal_is_left_is_refused(predicts):
+    code, record = run("--sampler", "ddim", "--schedule", "straight", "--predicts", predicts)
+    assert code == 2
+    assert f"predicting '{predicts}' is undefined on 'straight'" in record["error"]
+
+
 def test_the_right_weight_passes_where_half_of_it_fails():
     slope, _ = order.measured(replace(sample.euler, step=whole_weight_step, order=2), P.cosine(), "v")
     assert slope == pytest.approx(2, abs=0.15)
@@ -199,7 +217,7 @@ def test_the_right_weight_passes_where_half_of_it_fails():
     ],
 )
 def test_what_is_exact_on_a_point_and_wrong_on_a_law_fails_on_the_law(laws, step, process, wrong):
-    sampler = replace(sample.ancestral, step=step)
+    sampler = replace(sample.ancestral, step=step, evaluations=5 if step is hot_langevin_step else 1)
     assert order.grade(sampler, process, "v")[1] == []
     _, faults = law.grade(sampler, GRIDS["default"], process, laws["gaussian"], 0)
     assert re.search(rf"the {wrong} is \d+ standard errors off", "; ".join(faults)), faults
@@ -329,6 +347,8 @@ def test_whatever_a_plugin_does_wrong_is_a_row_with_a_reason(tmp_path):
         ("1 / 0", "could not be run: ZeroDivisionError"),
         ("import sys; sys.exit(0)", "could not be run: SystemExit: 0"),
         ("x = 1", "defines no table"),
+        ("GRIDS = {}", "defines no table"),
+        ("TARGETS = {'mine': max}", "TARGETS has 'mine', and ROWS has not"),
         ("SAMPLERS = [1]", "must be a dict of names"),
         ("SAMPLERS = {'heun': 1}", "there is a sampler 'heun' already"),
     ],

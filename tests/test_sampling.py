@@ -24,10 +24,15 @@ from typer.testing import CliRunner
 from ancestral.apps import sampling, walking
 from ancestral.apps.cli import app
 from ancestral.data import draw, load
+from ancestral.diffusion.bend import Errors
 from ancestral.diffusion.denoise import NetworkDenoiser
+from ancestral.diffusion.fit import Fit
+from ancestral.diffusion.grids import GRIDS
+from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.process import Instant, cosine
 from ancestral.diffusion.sample import SAMPLERS, grid, walk
 from ancestral.diffusion.watch import Glimpse
+from ancestral.errors import OptionError
 from ancestral.rng import streams
 from ancestral.training import checkpoint, durable, recipes
 
@@ -158,6 +163,75 @@ def test_a_class_is_drawn_in_every_batch_and_an_unknown_one_leaves_nothing(train
     assert refused.exit_code == 2
     assert "unknown class 'ten'" in refused.stderr
     assert not (tmp_path / "ten").exists()
+
+
+# Which sampler, and at which times.
+
+
+@pytest.mark.parametrize("label", sorted(set(GRIDS) - {"uniform", "quadratic"}))
+def test_a_named_grid_asks_for_no_less_noise_than_the_network_was_trained_on(label):
+    """On a chain of 50 steps, of which each takes 1/50: not on one of 1000, and not to log-SNR 12."""
+    facts = load("digits").facts
+    model = recipes.build(recipes.change(recipes.choose(facts), [*QUICK, "diffusion.chain=50"]), facts)
+    times = model.times(label, 10)
+    assert len(times) == 10
+    assert float(times[-1]) == pytest.approx(1 / 10 if label == "trailing" else 1 / 50, rel=1e-9)
+    if label in ("beta", "trailing", "leading", "linspace"):
+        with pytest.raises(OptionError, match="at most the 50 of the chain, received 51"):
+            model.times(label, 51)
+
+
+def test_the_command_draws_by_the_sampler_and_the_grid_that_it_names(trained, tmp_path):
+    words = ["-n", 5, "--steps", 4, "--sampler", "unipc-2", "--grid", "karras", "--out", tmp_path, "--json"]
+    artifacts = json.loads(ancestral("sample", trained, *words).stdout)["artifacts"]
+    model = checkpoint.load(trained)
+    x = model.sample(5, sampler=SAMPLERS["unipc-2"], steps=model.times("karras", 4))
+    np.testing.assert_array_equal(np.load(artifacts["npy"]), x)
+    recipe = json.loads(Path(artifacts["recipe"]).read_text())
+    assert (recipe["sampler"], recipe["grid"], recipe["steps"]) == ("unipc-2", "karras", 4)
+
+
+def test_a_fit_is_made_once_and_again_where_what_was_kept_is_none(trained, tmp_path, monkeypatch):
+    """For the weights and the number of evaluations; a file that was cut or changed is no reason to stop."""
+    none, fits = Errors(0.0, 0.0, 0.0, 0.0), []
+    found = Fit("ddim", (1.0, 0.4), 2, none, ("ddim", "uniform"), none, 1)
+    monkeypatch.setattr(Diffusion, "fitted", lambda self, evaluations: fits.append(evaluations) or found)
+    words = ["-n", 5, "--steps", 2, "--sampler", "fitted", "--out", tmp_path, "--json"]
+
+    def drawn() -> np.ndarray:
+        return np.load(json.loads(ancestral("sample", trained, *words).stdout)["artifacts"]["npy"])
+
+    expected = checkpoint.load(trained).sample(5, sampler=SAMPLERS["ddim"], steps=found.steps)
+    for _ in range(2):
+        np.testing.assert_array_equal(drawn(), expected)
+    assert fits == [2]
+    (kept,) = (trained / "fits").glob("*.json")
+    record = json.loads(kept.read_text())
+    for changed in ({}, None, record | {"sampler": "gone"}, record | {"times": [0.4, 1.0]}, record | {"times": ["a"]}):
+        kept.write_text(json.dumps(changed))
+        np.testing.assert_array_equal(drawn(), expected)
+    assert fits == [2] * 6
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--sampler", "hein"], "unknown sampler 'hein': did you mean 'heun'?"),
+        (["--grid", "kars"], "unknown grid 'kars': did you mean 'karras'?"),
+        (["--grid", "linspace", "--steps", 1001], "at most the 1000 of the chain, received 1001"),
+        (
+            ["--sampler", "fitted", "--grid", "karras"],
+            "times of its own, received --grid karras",
+        ),
+        (["--steps", 10**9], "Invalid value for '--steps': Input should be less than or equal to 100000"),
+    ],
+)
+def test_what_cannot_be_walked_is_one_sentence_and_nothing_is_written(trained, tmp_path, words, sentence):
+    result = ancestral("sample", trained, "-n", 2, *words, "--out", tmp_path / "none")
+    assert result.exit_code == 2
+    assert sentence in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "none").exists()
 
 
 # Going on.

@@ -2,12 +2,16 @@
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from inspect import getsource
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
 from ancestral import toys
+from ancestral.diffusion import grids, multistep, sample, singlestep
 from ancestral.diffusion import process as P
 from ancestral.diffusion.denoise import NetworkDenoiser, OracleDenoiser
 from ancestral.diffusion.grids import grid, karras, uniform
@@ -298,3 +302,12 @@ def test_illegal_grids_and_missing_noise_are_refused():
         ddim(oracle, x, 5, eta=0.5)
     with pytest.raises(OptionError, match=r"lies in \[0, 1\], received 1.5"):
         ddim(oracle, x, 5, eta=1.5, rng=0)
+
+
+def test_every_step_is_one_screen_and_all_of_them_with_the_grids_are_under_900_lines():
+    """Whole files, docstrings and blank lines too; what is measured in order to choose a grid is not among them."""
+    files = (sample, singlestep, multistep, grids)
+    assert sum(len(Path(module.__file__).read_text().splitlines()) for module in files) < 900
+    for name, sampler in SAMPLERS.items():
+        step = sampler.step.func if isinstance(sampler.step, partial) else sampler.step
+        assert len(getsource(step).splitlines()) <= 50, name

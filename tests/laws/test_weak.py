@@ -38,9 +38,9 @@ class Impulses(np.random.Generator):
         return noise
 
 
-def responses(step, process: P.Process, times: list[float], **options) -> tuple[torch.Tensor, ...]:
+def responses(step, process: P.Process, times: list[float], denoiser=None, **options) -> tuple[torch.Tensor, ...]:
     """c and M, shape (2,), and B of every draw, shape (draws, 2)."""
-    oracle, count = OracleDenoiser(toys.gaussian(MEAN, VAR.diag()), process), Impulses()
+    oracle, count = denoiser or OracleDenoiser(toys.gaussian(MEAN, VAR.diag()), process), Impulses()
     for _ in walk(step, oracle, Point(times[0], torch.zeros(1, 2).double()), times, rng=count, **options):
         pass
     x = torch.zeros(2 + count.drawn, 2).double()
@@ -103,6 +103,24 @@ def test_the_law_of_the_end_converges_at_its_rate(name, order, options, schedule
     """Of mean and variance together, to exact ones: no noise of sampling, so a wrong coefficient of z has rate 0."""
     counts = [30, 60, 120]
     assert rate(counts, errors(name, P.named(schedule), counts, options)) > order - 0.15
+
+
+EXACT = [case for case in RATES if case[0] != "predictor-corrector" and case[2](1) != {"variance": "beta"}]
+"""All but Langevin dynamics, and a variance that is meant for spread data."""
+
+
+@pytest.mark.parametrize("schedule", ["linear", "edm", "straight"])
+@pytest.mark.parametrize(("name", "order", "options"), EXACT)
+def test_where_all_data_are_one_point_three_long_steps_have_the_law_exactly(name, order, options, schedule):
+    """The guess is that point whatever x, so what is left of a step is its linear part and its noise."""
+    process = P.named(schedule)
+    times = process.time(torch.tensor([-6.0, -1.0, 1.5, 6.0]).double()).tolist()
+    point = OracleDenoiser(toys.gaussian(MEAN, 1e-30 * torch.eye(2)), process)
+    c, M, B = responses(SAMPLERS[name].step, process, times, denoiser=point, **options(3))
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = process(times[0]), process(times[-1])
+    torch.testing.assert_close(c + M * alpha_t * MEAN, alpha_s * MEAN, rtol=1e-10, atol=1e-10)
+    var = M.square() * sigma_t**2 + B.square().sum(0)
+    torch.testing.assert_close(var, (sigma_s**2).expand(2), rtol=1e-9, atol=0)
 
 
 def test_every_sampler_that_draws_noise_has_a_rate():

@@ -163,7 +163,8 @@ def sample(
     run: RunPath,
     n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many.")] = 64,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Of the sampler, 100 by default; evaluations of one that is fitted.")
+        int | None,
+        typer.Option(min=1, max=100_000, help="Of the sampler, 100 by default; evaluations of one that is fitted."),
     ] = None,
     sampler: Annotated[
         str | None,

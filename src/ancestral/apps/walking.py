@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -123,21 +124,22 @@ def way(
     if sampler not in samplers.SAMPLERS:
         raise unknown("sampler", sampler, (FITTED, *samplers.SAMPLERS))
     recipe = {"sampler": sampler, "steps": steps} | ({"grid": grid} if grid else {})
-    times = GRIDS[grid](model.process, steps) if grid else steps
+    times = model.times(grid, steps) if grid else steps
     return Walk(model, samplers.SAMPLERS[sampler], times, recipe, gif=gif, sheet=sheet)
 
 
 def _fitted(saved: Saved, model: Diffusion, evaluations: int, folder: Path, progress: Callable[..., None]) -> Fit:
     """What was found for these weights, or is found now."""
     path = folder / f"{weights(saved)[:12]}-average-{saved.ema:g}-evaluations-{evaluations}.json"
-    try:
-        return Fit(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        progress("fitting a sampler to the model", 0, 1)
-        found = model.fitted(evaluations)
-        folder.mkdir(parents=True, exist_ok=True)
-        durable.write_json(path, asdict(found))
-        return found
+    with suppress(OSError, ValueError, TypeError):  # there is none, or it is no longer one
+        found = Fit(**json.loads(path.read_bytes()))
+        if found.sampler in samplers.SAMPLERS and len(grid_of(model.process, found.steps)):
+            return found
+    progress("fitting a sampler to the model", 0, 1)
+    found = model.fitted(evaluations)
+    folder.mkdir(parents=True, exist_ok=True)
+    durable.write_json(path, asdict(found))
+    return found
 
 
 class _Watch:

@@ -120,7 +120,7 @@ def grid(process: Process, steps: int | Tensor) -> Tensor:
     """
     if isinstance(steps, int):
         return karras(process, steps) if process.constraint == "variance-exploding" else uniform(process, steps)
-    times = steps.double().flatten()
+    times = torch.as_tensor(steps, dtype=torch.float64).flatten()
     if len(times) == 0:
         raise OptionError("sampling needs at least one step, received a grid without times")
     legal = (times > 0) & (times < torch.cat([torch.full_like(times[:1], math.nextafter(1, 2)), times[:-1]]))

@@ -1,6 +1,7 @@
 """The diffusion family: a network, a process and the facts of a data set, trained, sampled and measured."""
 
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ancestral.diffusion import flow, likelihood
 from ancestral.diffusion import sample as samplers
 from ancestral.diffusion.denoise import VARIANCES, Clipped, Denoiser, Given, NetworkDenoiser, between
 from ancestral.diffusion.fit import Fit, fit
-from ancestral.diffusion.grids import LOG_SNR_MAX, grid
+from ancestral.diffusion.grids import GRIDS, LOG_SNR_MAX, grid
 from ancestral.diffusion.process import CONSTRAINTS, LOG_SNR_MIN, Process
 from ancestral.diffusion.watch import Glimpse, Watched, glimpses
 from ancestral.errors import OptionError, unknown
@@ -378,8 +379,29 @@ class Diffusion(nn.Module):
             3
         """
         x_T = randn((n, *self.facts.shape), streams(rng, n)).to(self.device) * float(self.process.prior_var()) ** 0.5
-        finest = min(LOG_SNR_MAX, float(self.process.log_snr(self._times[0])))
-        return fit(self.denoiser, x_T, evaluations, log_snr_max=finest)
+        return fit(self.denoiser, x_T, evaluations, log_snr_max=self.finest)
+
+    @property
+    def finest(self) -> float:
+        """The log-SNR of the least noise that grids go to, in nats: the network knows none before the chain's first."""
+        return min(LOG_SNR_MAX, float(self.process.log_snr(self._times[0])))
+
+    def times(self, grid: str, steps: int) -> Tensor:
+        """So many times of the grid of that name, a key of `grids.GRIDS`, laid out over the chain that was trained.
+
+        What has a T takes that of the chain, and what ends at a log-SNR ends with the chain's first step.
+
+        Example:
+            >>> from ancestral.data import load
+            >>> from ancestral.training import recipes
+            >>> facts = load("ring-8").facts
+            >>> model = recipes.build(recipes.choose(facts), facts)
+            >>> round(1 / float(model.times("linspace", 10)[-1])) == round(1 / float(model.times("karras", 10)[-1]))
+            True
+        """
+        of: Callable[..., Tensor] = GRIDS[grid]
+        own = {"T": self.chain, "log_snr_max": self.finest}
+        return of(self.process, steps, **{name: own[name] for name in own if name in signature(of).parameters})
 
     def bound(
         self, x: Tensor, *, rng: Seeds = 0, start: int = 0, denoiser: Denoiser | None = None, **options: Any

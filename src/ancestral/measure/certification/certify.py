@@ -22,6 +22,7 @@ from torch import nn
 
 from ancestral import toys
 from ancestral.diffusion.denoise import NetworkDenoiser
+from ancestral.errors import OptionError
 from ancestral.measure.certification import identities, law, order
 from ancestral.measure.certification.certificate import Certificate, LawRow, LikelihoodRow, ProcessRow, Row, SamplerRow
 from ancestral.measure.certification.subjects import Found, Subjects, known_rows, said, subjects
@@ -52,7 +53,8 @@ def certify(
         progress: called with (what, done, of).
 
     Raises:
-        OptionError: if a name is unknown, or the plug-in cannot be used. What fails while it is graded raises nothing:
+        OptionError: if a name is unknown, the plug-in cannot be used, or the parameterizations that are named are
+            undefined on the processes that are. What fails while it is graded raises nothing:
             it is a row with the verdict "fail" and the reason.
 
     Example:
@@ -72,6 +74,7 @@ def certify(
         plugin,
     )
     with known_rows(what.tables["ROWS"]):
+        _refuse_what_is_undefined(what)
         graded = _sampler_rows(what, thorough, progress) if what.asks("SAMPLERS", "SCHEDULES", "ROWS") else []
         laws, oracles = [], {}
         if what.asks("SAMPLERS", "GRIDS", "SCHEDULES"):
@@ -208,6 +211,17 @@ def _is_undefined_by_right(what: Subjects, schedule: str, predicts: str) -> bool
     except (Exception, SystemExit):
         return False
     return float(alpha_T) == 0 and bool(before.isfinite().all()) and not _is_defined(what, schedule, predicts)
+
+
+def _refuse_what_is_undefined(what: Subjects) -> None:
+    """Where no process that is named has a parameterization that is, nothing would be graded as it was asked for."""
+    pairs = [*product(what.names["SCHEDULES"], what.names["ROWS"])]
+    if all(_is_undefined_by_right(what, *pair) for pair in pairs):
+        schedule, predicts = pairs[0]
+        raise OptionError(
+            f"predicting {predicts!r} is undefined on {schedule!r}, which ends where no signal is left (alpha = 0): "
+            "name another --predicts or --schedule"
+        )
 
 
 def _likelihood_rows(what: Subjects, thorough: bool, seed: int, progress: Progress) -> list[LikelihoodRow]:

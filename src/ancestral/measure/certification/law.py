@@ -15,6 +15,7 @@ from ancestral.diffusion.denoise import exact
 from ancestral.diffusion.grids import Grid
 from ancestral.diffusion.process import Process
 from ancestral.diffusion.sample import Sampler
+from ancestral.errors import OptionError
 from ancestral.measure.certification.certificate import Floor, Point
 from ancestral.measure.certification.order import whole
 from ancestral.measure.certification.subjects import STANDARD_ERRORS, Found
@@ -142,6 +143,8 @@ def _measured(sampler: Sampler, grid: Grid, process: Process, given: Oracle, see
     @cache
     def point(n: int) -> Point:
         times, denoiser.asked = grid(process, n), 0
+        if len(times) != n:
+            raise OptionError(f"the grid has {len(times)} times where {n} were asked for")
         x = whole(sampler(denoiser, x_T, times, rng=stream(seed, 4, n)), x_T)
         mean, covariance, energy = errors(given.law, x, given.reference).tolist()
         asked = round(denoiser.asked / len(x))

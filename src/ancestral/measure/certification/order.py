@@ -42,6 +42,8 @@ def grade(sampler: Sampler, process: Process, predicts: str) -> Found:
         faults.append(f"one step on a point mass ends {point_mass:.1e} from the point")
     if not alone < 1e-6:
         faults.append(f"examples depend on their batch, or on randomness that is not rng: {alone:.1e} apart")
+    if sampler.evaluations is not None and abs(evaluations - sampler.evaluations) > 1e-9:
+        faults.append(f"declares {sampler.evaluations} evaluations in a step and takes {evaluations:g}")
     if sampler.stochastic:
         return found, faults
     exact_to = KEPT if sampler.order is None else ROUNDING

@@ -167,15 +167,17 @@ def load(plugin: str) -> dict[str, dict[str, Any]]:
             "package.module:name", with the tables as attributes.
 
     Raises:
-        OptionError: if it cannot be run, defines no table, or takes a name that is there already.
+        OptionError: if it cannot be run, defines no table, takes a name that is there, or has a target of no row.
     """
     try:
         source = _run_file(Path(plugin)) if plugin.endswith(".py") else _imported(plugin)
     except (Exception, SystemExit) as error:
         raise OptionError(f"plug-in {plugin}: could not be run: {said(error)}") from error
-    found = {key: getattr(source, key) for key in TABLES if hasattr(source, key)}
+    found = {key: table for key in TABLES if (table := getattr(source, key, None))}
     if not found:
-        raise OptionError(f"plug-in {plugin}: defines no table: give it at least one of {', '.join(TABLES)}")
+        raise OptionError(
+            f"plug-in {plugin}: defines no table: give it an entry of at least one of {', '.join(TABLES)}"
+        )
     for key, table in found.items():
         kind, ours = TABLES[key]
         if not isinstance(table, Mapping):
@@ -183,6 +185,8 @@ def load(plugin: str) -> dict[str, dict[str, Any]]:
         for name in table:
             if name in ours and table[name] is not ours[name]:
                 raise OptionError(f"plug-in {plugin}: there is a {kind} {name!r} already: give yours another name")
+    for name in set(found.get("TARGETS", ())) - set(found.get("ROWS", ())):
+        raise OptionError(f"plug-in {plugin}: TARGETS has {name!r}, and ROWS has not: give the row too")
     return {key: {str(name): entry for name, entry in table.items()} for key, table in found.items()}
 
 
