@@ -19,10 +19,10 @@ from ancestral.errors import OptionError
 from ancestral.measure.certification.subjects import ROUNDING, Found
 from ancestral.rng import randn, stream, streams
 
-COUNTS = (32, 48, 72, 108)
+COUNTS = (72, 108, 162, 242)
 """Steps at which the error of an order is measured; even, for the uneven grid."""
 
-SHORT_BY = 0.25
+SHORT_BY = 0.15
 """How far a measured order may stay below the declared one: what the next power of 1/n is still worth at `COUNTS`."""
 
 KEPT = 1e-2
