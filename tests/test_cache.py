@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -145,14 +146,19 @@ def test_too_few_are_refused_as_without_it(tmp_path, kept):
         load(tmp_path / "two")
 
 
-def half_done(photos: Path, by: int) -> None:
-    """A reading that is interrupted by a signal after its first dozen images."""
+def half_done(photos: Path, end: Callable[[], None]) -> None:
+    """A reading that is brought to an end after its first dozen images."""
 
     def interrupt(stage, done, of):
         if stage == "decoding" and done >= 12:
-            os.kill(os.getpid(), by)
+            end()
 
     load(photos, progress=interrupt)
+
+
+def ctrl_c() -> None:
+    """What SIGINT does, where it is not ignored, as it is in a job that runs in the background."""
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -182,7 +188,7 @@ def test_what_was_decoded_before_an_interruption_is_not_decoded_again(various, k
         in_one_go = len(decoded)
     decoded.clear()
     with pytest.raises(KeyboardInterrupt):
-        half_done(various, signal.SIGINT)
+        half_done(various, ctrl_c)
     before = len(decoded)
     decoded.clear()
     (lines,), (pixels,) = kept.glob("*.partial/files.jsonl"), kept.glob("*.partial/pixels")
@@ -203,7 +209,7 @@ def test_what_was_decoded_before_an_interruption_is_not_decoded_again(various, k
 def test_a_process_that_is_killed_leaves_what_it_decoded(photos, kept, decoded, often):
     child = os.fork()
     if child == 0:
-        half_done(photos, signal.SIGKILL)
+        half_done(photos, lambda: os.kill(os.getpid(), signal.SIGKILL))
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     (lines,) = kept.glob("*.partial/files.jsonl")
