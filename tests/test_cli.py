@@ -129,8 +129,10 @@ def test_evaluate_agrees_with_all_steps_and_with_itself(trained):
 def test_real_valued_data_is_measured_in_nats(tmp_path):
     path = tmp_path / "run"
     assert ancestral("train", "ring-8", "--to", path, "--steps", 5).exit_code == 0
-    record = json.loads(ancestral("evaluate", path, "--n", 50, "--json").stdout)
+    answer = ancestral("evaluate", path, "--n", 50, "--json")
+    record = json.loads(answer.stdout)
     Draft202012Validator(json.loads(SCHEMA.read_text())).validate(record)
+    assert "independent values" in answer.stderr
     assert record["unit"] == "nats"
     assert "bits_per_dim" not in record
     assert record["baselines"]["gaussian"] == pytest.approx(3.5, abs=0.3)

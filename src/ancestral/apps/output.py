@@ -107,7 +107,8 @@ def _likelihood_lines(result: Evaluation) -> list[str]:
 
 def _baseline_lines(result: Evaluation) -> list[str]:
     """The two simple densities, and the paired difference to each."""
-    labels = {"independent_pixels": "independent pixels", "gaussian": "full-covariance Gaussian"}
+    alone = "independent pixels" if result.unit == "bits/dim" else "independent values"
+    labels = {"independent_pixels": alone, "gaussian": "full-covariance Gaussian"}
     lines = []
     for name, label in labels.items() if result.baselines else ():
         value, margin = getattr(result.baselines, name), getattr(result.margins, name)
