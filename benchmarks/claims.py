@@ -119,9 +119,9 @@ def triples(x: Tensor, n: int, key: int) -> Tensor:
 
 
 def chain(arguments: argparse.Namespace) -> Rows:
-    """The surrogate of the VAE on 64 held-out digits, in bits per dimension."""
+    """The surrogate of the VAE on 16 held-out digits, in bits per dimension."""
     data, model = load("digits"), trained("digits", "vae", arguments)
-    found = claims.gap_chain(model, data.held_out[:64], draws=(10, 100, 1000, 5000))
+    found = claims.gap_chain(model, data.held_out[:16], draws=(10, 100, 1000, 5000))
     bits = data.facts.bits_per_dim
     yield {name: [-bits(mean), bits(stderr)] for name, (mean, stderr) in found.items()}
 
