@@ -170,6 +170,7 @@ def test_the_report_needs_nothing_else_and_can_be_read_without_pictures(contest)
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+in_a_browser = pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
 
 LOOK = """<pre id="seen"></pre><script>
 const box = (each) => each.getBoundingClientRect();
@@ -198,7 +199,7 @@ def opened(page: str, folder: Path, width: int) -> tuple[dict, list[str], list[s
     return seen, [line for line in done.stderr.splitlines() if "CONSOLE" in line], asked
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@in_a_browser
 @pytest.mark.parametrize("width", [1200, 500])
 def test_a_browser_shows_every_section_of_the_report_without_an_error_or_a_request(contest, tmp_path, width):
     """On a screen and in a narrow window."""
@@ -215,7 +216,7 @@ def test_a_browser_shows_every_section_of_the_report_without_an_error_or_a_reque
     assert asked == []
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@in_a_browser
 def test_what_is_hidden_or_asks_for_something_would_be_seen_in_a_browser(tmp_path):
     """So that the test above can fail."""
     seen, console, asked = opened(

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from itertools import count
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -236,7 +235,8 @@ def _weights(wishes: Wishes) -> Saved | None:
 
 def _origin(weights: Saved) -> dict[str, Any]:
     """Where weights come from, for the record."""
-    digest = sha256((weights.path / checkpoint.WEIGHTS).read_bytes()).hexdigest()
+    manifest = json.loads((weights.path / durable.MANIFEST).read_bytes())  # which was verified when they were read
+    digest = manifest[checkpoint.WEIGHTS]["sha256"]
     return {"run": str(checkpoint.run_of(weights.path)), "step": weights.step, "sha256": digest}
 
 
