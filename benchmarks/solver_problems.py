@@ -71,6 +71,7 @@ class Problem:
         centres: which of these an end is nearest to says in which basin it is, shape (K, D).
         starts: how many deterministic walks there are.
         draws: how many stochastic ones.
+        named: the stream of the starts.
     """
 
     name: str
@@ -78,11 +79,12 @@ class Problem:
     centres: Tensor
     starts: int
     draws: int
+    named: int = STARTS
 
     @cached_property
     def x_T(self) -> Tensor:
         """The starts, float64."""
-        return randn((self.starts, self.centres.shape[1]), stream(STARTS), dtype=torch.float64)
+        return randn((self.starts, self.centres.shape[1]), stream(self.named), dtype=torch.float64)
 
     @cached_property
     def solutions(self) -> dict[float, Tensor]:

@@ -128,6 +128,20 @@ def noisy(rows: list[Row], floor: dict[str, float]) -> str:
     return exact + table(["library", "solver", "grid", *map(str, budgets), "beyond 3 s.e."], lines)
 
 
+def finals(found: list[Row]) -> str:
+    """The best of theirs and our default on fresh starts: RMS / median / astray, and the gap of the mean squares."""
+    lines = []
+    for row in found:
+        sides = [
+            f"{number(s['rms'])} / {number(s['median'])} / {100 * s['elsewhere']:.2f}%"
+            for s in (row["theirs"], row["ours"])
+        ]
+        gap = row["gap"] / row["stderr"] if row["stderr"] else 0.0
+        who = f"{row['theirs']['solver']}, {row['theirs']['grid']} ({row['theirs']['library']})"
+        lines.append([str(row["budget"]), who, sides[0], row["ours"]["sampler"], sides[1], f"{gap:+.1f}"])
+    return table(["evaluations", "best of theirs", "", "our default", "", "theirs - ours, standard errors"], lines)
+
+
 def orders(found: list[Row]) -> str:
     """Declared and measured order of the peers' solvers; the slope of each doubling before the last."""
     lines = []
@@ -194,6 +208,8 @@ def render(report: dict[str, Any]) -> str:
             f"Energy distance of {found['draws']} draws, theirs / ours.",
             noisy(found["rows"], found["floor"]),
         ]
+    for name, found in report.get("finals", {}).items():
+        parts += [f"## {name}: {found[0]['starts']} fresh starts\n", finals(found)]
     if "faults" in report:
         refused = report["faults"]["edm sde-dpmpp-3m"]
         parts += ["## Orders\n", orders(report["faults"]["orders"])]

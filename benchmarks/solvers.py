@@ -21,6 +21,7 @@ from typing import Any
 
 import diffusers
 import solver_faults
+import solver_finals
 import solver_images
 import solver_oracles
 import solver_overhead
@@ -29,7 +30,7 @@ import torch
 from solver_problems import PROBLEMS
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("oracles", "faults", "overhead", "images")
+PARTS = ("oracles", "finals", "faults", "overhead", "images")
 
 began = time.perf_counter()
 
@@ -43,6 +44,16 @@ def oracles(options: argparse.Namespace) -> dict[str, Any]:
     """Error against evaluations on every problem."""
     budgets = (5, 10) if options.quick else solver_oracles.BUDGETS
     return {name: solver_oracles.measure(PROBLEMS[name](options.quick), budgets, say) for name in options.problems}
+
+
+def finals(options: argparse.Namespace) -> dict[str, Any]:
+    """The best of theirs and our default from fresh starts; the pairs are those that the oracles' part wrote down."""
+    found: dict[str, Any] = {}
+    for name, known in json.loads(results(options)[0].read_text())["oracles"].items():
+        if name in options.problems:
+            starts = 64 if options.quick else None
+            found |= solver_finals.measure(PROBLEMS[name](options.quick), known["rows"], starts, say)
+    return found
 
 
 def faults(options: argparse.Namespace) -> dict[str, Any]:
@@ -60,6 +71,12 @@ def images(options: argparse.Namespace) -> dict[str, Any]:
     if options.run is None:
         raise SystemExit("images need a trained model: --run RUN")
     return solver_images.measure(options.run, options.quick, say)
+
+
+def results(options: argparse.Namespace) -> tuple[Path, Path]:
+    """The report and its tables."""
+    folder = Path(tempfile.gettempdir()) if options.quick else RESULTS
+    return folder / "solvers.json", folder / "solvers.md"
 
 
 def rounded(found: Any) -> Any:
@@ -98,9 +115,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore")
     diffusers.logging.set_verbosity_error()
-    folder = Path(tempfile.gettempdir()) if options.quick else RESULTS
-    report, tables = folder / "solvers.json", folder / "solvers.md"
-    for part in options.parts or (("images",) if options.run else PARTS[:3]):
+    report, tables = results(options)
+    for part in options.parts or (("images",) if options.run else PARTS[:4]):
         kept = keep(part, globals()[part](options), report)
         tables.write_text(solver_tables.render(kept))
     print(f"{report}, {tables}")

@@ -59,6 +59,17 @@ def test_an_interval_of_a_share_over_seeds_holds_it_and_lies_between_0_and_1(see
     assert np.mean(held) > 0.95 - SLACK
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_an_interval_of_what_differs_by_factors_holds_its_geometric_mean_and_is_positive(seeds):
+    """Of seeds that differ by a factor of three in either direction."""
+    rng, held = stream(seeds), []
+    for _ in range(REPEATS):
+        found = over_seeds([around(math.exp(each), 0.1) for each in rng.normal(5, 1.1, seeds)], positive=True)
+        assert 0 < found.low < found.value < found.high
+        held.append(found.low <= math.exp(5) <= found.high)
+    assert abs(np.mean(held) - 0.95) < SLACK
+
+
 def test_a_share_that_all_seeds_reach_whole_is_told_with_the_width_of_one():
     """What seeds do not differ in, the examples still bound."""
     one = of_share(1.0, 0.0, 0.025)

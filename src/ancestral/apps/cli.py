@@ -364,7 +364,7 @@ def compare(
             if planned.minutes is not None:
                 say(
                     f"{len(planned.entries)} runs of {planned.minutes:g} minutes, {planned.together} at a time: "
-                    f"about {planned.promise:.0f} minutes of training, then they are measured"
+                    f"about {planned.promise(len(planned.entries)):.0f} minutes of training, then they are measured"
                 )
             result = comparing.compare(planned, progress.update, say)
         for line in comparing.lines(result):

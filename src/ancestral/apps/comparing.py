@@ -7,6 +7,7 @@ DIR/
 """
 
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -73,10 +74,9 @@ class Plan:
         """Runs that are trained at a time, each on one core."""
         return max(1, min(os.cpu_count() or 1, len(self.entries)))
 
-    @property
-    def promise(self) -> float:
-        """Minutes of training in all."""
-        return -(-len(self.entries) // self.together) * (self.minutes or 0.0)
+    def promise(self, runs: int) -> float:
+        """Minutes that the training of so many takes."""
+        return -(-runs // self.together) * (self.minutes or 0.0)
 
 
 def plan(
@@ -180,7 +180,7 @@ def train(planned: Plan, progress: Tell, note: Callable[[str], None]) -> dict[Pa
     """
     waiting = [entry for entry in planned.entries if not _ended(entry[0], planned)]
     working, failed = dict[Path, subprocess.Popen[bytes]](), dict[Path, str]()
-    began, done = time.monotonic(), len(planned.entries) - len(waiting)
+    began, done, promise = time.monotonic(), len(planned.entries) - len(waiting), planned.promise(len(waiting))
     (planned.where / "runs").mkdir(exist_ok=True)
     try:
         while waiting or working:
@@ -196,8 +196,9 @@ def train(planned: Plan, progress: Tell, note: Callable[[str], None]) -> dict[Pa
                 if why:
                     failed[run] = why
                 note(f"{run.name}: {why or 'trained'}")
-            elapsed = (time.monotonic() - began) / 60
-            progress("training", done, len(planned.entries), f"{elapsed:.0f} of about {planned.promise:.0f} minutes")
+            elapsed = int((time.monotonic() - began) / 60)
+            ended = f"{done} of {len(planned.entries)} runs ended"
+            progress("training, in minutes", elapsed, max(elapsed, math.ceil(promise)), ended)
             time.sleep(0.5)
     finally:
         for process in working.values():

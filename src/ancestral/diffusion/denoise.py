@@ -147,9 +147,9 @@ class NetworkDenoiser(Denoiser):
 
     def coefficients(self, t: Time) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
         """(c_skip, c_out, c_in) at t, float64, the shape of t."""
-        alpha, sigma = self.process(t)
-        c_skip, c_out = ROWS[self.predicts](alpha, sigma, self.sigma_data)
-        return c_skip, c_out, (alpha**2 * self.sigma_data**2 + sigma**2) ** -0.5
+        if isinstance(t, Instant):
+            return _scales(self.predicts, t.alpha, t.sigma, self.sigma_data)
+        return _scales.__wrapped__(self.predicts, *self.process(t), self.sigma_data)
 
     @property
     def asked(self) -> int:
@@ -221,6 +221,12 @@ class NetworkDenoiser(Denoiser):
             return net(x, c_noise, *given)
         with torch.inference_mode():  # no_grad, and less is kept in mind of each tensor
             return net(x, c_noise, *given)
+
+
+@lru_cache(4096)
+def _scales(predicts: str, alpha: Any, sigma: Any, sigma_data: float) -> tuple[Any, Any, Any]:
+    """(c_skip, c_out, c_in): of numbers, kept for the next walk on the grid."""
+    return *ROWS[predicts](alpha, sigma, sigma_data), (alpha**2 * sigma_data**2 + sigma**2) ** -0.5
 
 
 @lru_cache(256)

@@ -27,6 +27,9 @@ DETERMINISTIC = tuple(name for name, sampler in SAMPLERS.items() if sampler.orde
 FINE, FINALISTS, BENT = 100, 12, 4
 """Times of the reference at least, pairs that are tried on all starts, and samplers whose grids are bent."""
 
+MET = 1e-6
+"""A median miss so small, in units of the spread of all ends, is none: ends are met or not, and ways are compared."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -104,15 +107,20 @@ def fit(
         if name not in DETERMINISTIC:
             raise unknown("deterministic sampler", name, DETERMINISTIC)
     counted = Counted(denoiser)
-    finest = max(DETERMINISTIC, key=lambda name: (SAMPLERS[name].order or 0, name))
-    x_0 = SAMPLERS[finest](counted, x_T, log_snr(denoiser.process, max(FINE, 8 * evaluations), log_snr_max))
-    starts, n = Starts(counted, x_T, x_0), 3 * len(x_T) // 4
-    few, seen, held = starts[: -(-n // 12)], starts[:n], starts[n:]
+    best = max(DETERMINISTIC, key=lambda name: (SAMPLERS[name].order or 0, name))
+    finest = Pair(best, "finest", log_snr(denoiser.process, max(FINE, 8 * evaluations), log_snr_max))
+    starts, n = Starts(counted, x_T, SAMPLERS[best](counted, x_T, finest.times)), 3 * len(x_T) // 4
 
-    pairs = _pairs(few, samplers, grids or candidates(log_snr_max), evaluations, log_snr_max)
+    pairs = _pairs(starts, samplers, grids or candidates(log_snr_max), evaluations, log_snr_max)
     if not pairs:
         raise OptionError(f"no sampler and grid of these takes at most {evaluations} evaluations: allow more")
+    few = starts[: -(-n // 12)]
     pairs.sort(key=few.loss)
+    if few.errors(pairs[0]).median < MET * starts.spread:
+        starts = starts.along(finest)
+        few = starts[: -(-n // 12)]
+        pairs.sort(key=few.loss)
+    seen, held = starts[:n], starts[n:]
     pairs[:FINALISTS] = sorted(pairs[:FINALISTS], key=seen.loss)
     first, best_of_each = pairs[0], dict[str, Pair]()
     for pair in pairs:

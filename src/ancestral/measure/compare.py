@@ -34,6 +34,9 @@ BETTER = {"likelihood": "less", "rate": "more"} | {name: metric.better for name,
 BETTER |= {"gap": None}
 """Which way each number is better."""
 
+POSITIVE = frozenset({"rate"})
+"""What differs by factors, and whose means over seeds are geometric."""
+
 SHARES = frozenset(name for name, metric in METRICS.items() if metric.share)
 
 
@@ -206,14 +209,14 @@ def rows(entrants: Sequence[Entrant]) -> list[Row]:
     ]
 
 
-def over_seeds(each: Sequence[Interval], *, share: bool = False) -> Interval:
+def over_seeds(each: Sequence[Interval], *, share: bool = False, positive: bool = False) -> Interval:
     """The mean of a number over seeds, with an interval for other seeds and other examples.
 
         reach^2 = (t_{K-1} s)^2 / K + z^2 mean_k stderr_k^2
 
     for s the deviation between K seeds. The second part is of the examples, which all seeds are measured on and no
     number of seeds makes smaller; samples of the model are in both, so the interval is somewhat wide. That of a share
-    is made of the same reach, by p (1 - p), so that it lies in [0, 1].
+    is made of the same reach, by p (1 - p), so that it lies in [0, 1]; that of what is positive is of its logarithm.
 
     Reference: Zou & Donner (2008) for the sum of squared reaches; Wilson (1927) for shares.
 
@@ -225,6 +228,11 @@ def over_seeds(each: Sequence[Interval], *, share: bool = False) -> Interval:
     K = len(each)
     if K == 1:
         return each[0]
+    if positive:
+        of_log = over_seeds([around(math.log(one.value), one.stderr / one.value) for one in each])
+        value = math.exp(of_log.value)
+        bounds = {"low": math.exp(of_log.low), "high": math.exp(of_log.high)}
+        return Interval(value=value, stderr=value * of_log.stderr, **bounds)
     values = [one.value for one in each]
     between, within = stdev(values) ** 2 / K, fmean(one.stderr**2 for one in each)
     mean, stderr, of_seeds = fmean(values), (between + within) ** 0.5, student(K - 1) ** 2 * between
@@ -250,7 +258,10 @@ def difference(a: Sequence[Interval], b: Sequence[Interval]) -> Interval:
 
 def _means(each: Sequence[dict[str, Interval]]) -> dict[str, Interval]:
     names = each[0] if each else ()
-    return {name: over_seeds([numbers[name] for numbers in each], share=name in SHARES) for name in names}
+    return {
+        name: over_seeds([numbers[name] for numbers in each], share=name in SHARES, positive=name in POSITIVE)
+        for name in names
+    }
 
 
 def _between(each: Sequence[dict[str, Interval]]) -> dict[str, float]:
