@@ -33,6 +33,7 @@ from ancestral.diffusion.process import Instant, cosine
 from ancestral.diffusion.sample import SAMPLERS, grid, walk
 from ancestral.diffusion.watch import Glimpse
 from ancestral.errors import OptionError
+from ancestral.measure.chain import best_times
 from ancestral.rng import streams
 from ancestral.training import checkpoint, durable, recipes
 
@@ -213,9 +214,29 @@ def test_a_fit_is_made_once_and_again_where_what_was_kept_is_none(trained, tmp_p
     assert fits == [2] * 6
 
 
+def test_the_best_steps_of_the_chain_are_learnt_once_from_the_data_of_the_run(trained, tmp_path, monkeypatch):
+    """They are of the chain, with less of the bound than as many even steps, by the terms that they were chosen by."""
+    words = ["-n", 5, "--steps", 6, "--grid", "best", "--out", tmp_path, "--json"]
+
+    def drawn() -> tuple[np.ndarray, list[float]]:
+        artifacts = json.loads(ancestral("sample", trained, *words).stdout)["artifacts"]
+        return np.load(artifacts["npy"]), json.loads(Path(artifacts["recipe"]).read_text())["times"]
+
+    samples, times = drawn()
+    model, data = checkpoint.load(trained), load("digits")
+    assert set(times) <= set(grid(model.process, model.chain).tolist())
+    assert times == best_times(model, data, 6).tolist()
+    np.testing.assert_array_equal(samples, model.sample(5, steps=torch.tensor(times, dtype=torch.float64)))
+    chosen, even = (model.bound(data.train[:256], rng=0, steps=t).nats.mean() for t in (torch.tensor(times), 6))
+    assert chosen < even
+    monkeypatch.setattr(walking, "best_times", None)  # what is kept is asked for first
+    np.testing.assert_array_equal(drawn()[0], samples)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (["--grid", "best", "--steps", 1001], "the best steps are of the chain's 1,000, received --steps 1001"),
         (["--sampler", "hein"], "unknown sampler 'hein': did you mean 'heun'?"),
         (["--grid", "kars"], "unknown grid 'kars': did you mean 'karras'?"),
         (["--grid", "linspace", "--steps", 1001], "at most the 1000 of the chain, received 1001"),

@@ -171,7 +171,7 @@ def sample(
         typer.Option(help="ancestral (the default), ddim, heun, dpmpp-2m, ...; or 'fitted' to this model."),
     ] = None,
     grid: Annotated[
-        str | None, typer.Option(help="Of times: uniform, log-snr, karras, ...; by default that of the process.")
+        str | None, typer.Option(help="Of times: uniform, log-snr, karras, ..., or 'best', the steps of least bound.")
     ] = None,
     seed: Seed = 0,
     ema: Ema = None,

@@ -10,6 +10,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -22,9 +23,11 @@ from ancestral.diffusion.grids import grid as grid_of
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.watch import Glimpse
 from ancestral.errors import OptionError, unknown
+from ancestral.measure.chain import best_times
 from ancestral.training import durable
 from ancestral.training.checkpoint import Saved
 from ancestral.training.processes import ALONE, Processes
+from ancestral.training.run import reload
 
 FRAMES, COLUMNS, ROWS = 40, 9, 6
 """Frames of an animation; columns and rows of a sheet."""
@@ -32,8 +35,8 @@ FRAMES, COLUMNS, ROWS = 40, 9, 6
 EVERY = 2.0
 """Seconds between previews."""
 
-FITTED = "fitted"
-"""The name of a sampler that is chosen for the model."""
+FITTED, BEST = "fitted", "best"
+"""The names of a sampler that is chosen for the model, and of a grid that is."""
 
 
 class Walk:
@@ -101,7 +104,8 @@ def way(
         model: its model.
         sampler: a key of `samplers.SAMPLERS`; or "fitted", the one that serves this model best, and its times. What is
             found is kept in the folder, and read again for the same weights and number of evaluations.
-        grid: a key of `GRIDS`; None for the default one.
+        grid: a key of `GRIDS`; "best" for the steps of the chain with the least bound, learnt from some of the data
+            that the run was trained on, and kept in the same way; None for the default one.
         steps: their number, or for "fitted" that of evaluations.
         folder: for what was found.
         gif: also animate the first batch.
@@ -112,8 +116,8 @@ def way(
     Raises:
         OptionError: if there is no such sampler or grid, or a fitted one is to have another grid.
     """
-    if grid is not None and grid not in GRIDS:
-        raise unknown("grid", grid, GRIDS)
+    if grid not in (None, BEST, *GRIDS):
+        raise unknown("grid", grid, (BEST, *GRIDS))
     if sampler == FITTED:
         if grid is not None:
             raise OptionError(f"a fitted sampler has times of its own, received --grid {grid}: leave one of them out")
@@ -124,8 +128,31 @@ def way(
     if sampler not in samplers.SAMPLERS:
         raise unknown("sampler", sampler, (FITTED, *samplers.SAMPLERS))
     recipe = {"sampler": sampler, "steps": steps} | ({"grid": grid} if grid else {})
+    if grid == BEST:
+        best = group.told(_best(saved, model, steps, folder, progress) if group.first else None)
+        assert best is not None
+        recipe["times"] = best.tolist()
+        return Walk(model, samplers.SAMPLERS[sampler], best, recipe, gif=gif, sheet=sheet)
     times = model.times(grid, steps) if grid else steps
     return Walk(model, samplers.SAMPLERS[sampler], times, recipe, gif=gif, sheet=sheet)
+
+
+def _best(saved: Saved, model: Diffusion, steps: int, folder: Path, progress: Callable[..., None]) -> Tensor:
+    """The best steps of the chain, as they were found for these weights or are found now."""
+    path = folder / f"{weights(saved)[:12]}-average-{saved.ema:g}-chain-{steps}.json"
+    with suppress(OSError, ValueError, TypeError):
+        times = torch.tensor(json.loads(path.read_bytes()), dtype=torch.float64)
+        if len(grid_of(model.process, times)) == steps:
+            return times
+    if steps > model.chain:
+        raise OptionError(f"the best steps are of the chain's {model.chain:,}, received --steps {steps}: give fewer")
+    data = reload(saved.path, progress)
+    progress("learning the best chain", 0, 1)
+    times = best_times(model, data, steps)
+    progress("learning the best chain", 1, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    durable.write_json(path, times.tolist())
+    return times
 
 
 def _fitted(saved: Saved, model: Diffusion, evaluations: int, folder: Path, progress: Callable[..., None]) -> Fit:
@@ -137,6 +164,7 @@ def _fitted(saved: Saved, model: Diffusion, evaluations: int, folder: Path, prog
             return found
     progress("fitting a sampler to the model", 0, 1)
     found = model.fitted(evaluations)
+    progress("fitting a sampler to the model", 1, 1)
     folder.mkdir(parents=True, exist_ok=True)
     durable.write_json(path, asdict(found))
     return found

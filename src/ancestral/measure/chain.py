@@ -170,22 +170,42 @@ def _chain(
     options["variance"] = variance
     analytic, asked = variance == "optimal" and not model.network.posterior, 0
     if analytic or best:
-        chosen = torch.from_numpy(stream(1).permutation(len(data.train)))[:LEARNT]
-        found = respace.residuals(
-            model.denoiser,
-            model.facts.scale.forward(data.train[chosen]).to(model.device),
-            model.chain,
-            rng=[stream(seed, i, -3) for i in range(len(chosen))],
-            variance=variance,
-            levels=model.facts.levels,
-            decoder=model.decoder,
-        )
-        asked = len(chosen) * respace.DRAWS * (2 if model.facts.levels else 1)
+        found = _residuals(model, data, variance, seed)
+        asked = min(LEARNT, len(data.train)) * respace.DRAWS * (2 if model.facts.levels else 1)
         if analytic:
             options["denoiser"] = respace.Calibrated(model.denoiser, found)
         if best:
             options["steps"] = respace.best_chain(model.process, found, steps or 1).steps
     return options, asked
+
+
+def _residuals(model: Diffusion, data: Data, variance: str, seed: int) -> respace.Residuals:
+    """How wrong the guess is along the chain that was trained, on some training examples."""
+    chosen = torch.from_numpy(stream(1).permutation(len(data.train)))[:LEARNT]
+    return respace.residuals(
+        model.denoiser,
+        model.facts.scale.forward(data.train[chosen]).to(model.device),
+        model.chain,
+        rng=[stream(seed, i, -3) for i in range(len(chosen))],
+        variance=variance,
+        levels=model.facts.levels,
+        decoder=model.decoder,
+    )
+
+
+def best_times(model: Diffusion, data: Data, steps: int) -> Tensor:
+    """The times of the chain's `steps` steps with the least bound on the data; see `respace.best_chain`.
+
+    Of a reverse chain with the variance of the model if that is "beta", else with the best that depends on the time
+    alone.
+
+    Args:
+        model: whose chain it is.
+        data: which it was trained on.
+        steps: 1 to the length of the chain.
+    """
+    variance = "beta" if model.variance in ("beta", "fixed-large") else "optimal"
+    return respace.best_chain(model.process, _residuals(model, data, variance, 0), steps).steps
 
 
 def _learnt(model: Diffusion, x: Tensor, options: dict[str, Any], seed: int) -> tuple[Tensor, int]:
