@@ -546,6 +546,7 @@ class TestArrays:
         assert data.facts.classes == ("a", "b", "c")
         label = {image.tobytes(): [1, 0, 2][y] for image, y in zip(self.images, self.labels, strict=True)}
         assert [label[row.numpy().tobytes()] for row in data.train] == data.train_labels.tolist()
+        assert data.facts.class_counts == tuple(data.train_labels.tolist().count(y) for y in range(3))
 
     @pytest.mark.parametrize("form", ["{what}_{side}", "{side}_{what}"])
     def test_npz_with_its_own_split(self, tmp_path, form):

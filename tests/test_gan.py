@@ -228,6 +228,20 @@ def test_labels_choose_what_is_made_and_others_are_refused():
         GAN(data.facts, width=8).sample(2, labels=torch.tensor([0, 1]))
 
 
+def test_classes_that_are_not_asked_for_come_as_often_as_in_the_data(monkeypatch):
+    """Of 20,000 samples, each class within four standard errors of its share; one without examples never."""
+    counts = (500, 0, 300, 150, 25, 25, 0, 0, 0, 0)
+    model, told = GAN(load("digits").facts.model_copy(update={"class_counts": counts}), width=8, classes=True), []
+    monkeypatch.setattr(
+        model.generator, "forward", lambda z, labels: told.append(labels) or torch.zeros(len(z), 1, 8, 8)
+    )
+    model.sample(20_000)
+    found = torch.cat(told).bincount(minlength=10) / 20_000
+    for share, count in zip(found.tolist(), counts, strict=True):
+        p = count / 1000
+        assert abs(share - p) <= 4 * (p * (1 - p) / 20_000) ** 0.5
+
+
 @pytest.mark.parametrize(
     ("keywords", "said"),
     [

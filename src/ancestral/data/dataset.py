@@ -202,6 +202,9 @@ def divide(examples: Examples, *, name: str, source: str) -> Data:
         # One unit for all pixels: near a border they hardly vary, and a unit of their own would magnify noise.
         scale=Scale.of_levels(examples.levels) if examples.levels else Scale.of_values(train, shared=is_image(shape)),
         classes=examples.classes,
+        class_counts=None
+        if labels is None
+        else tuple(np.bincount(labels[~held_out], minlength=len(examples.classes or ())).tolist()),
         features=examples.features,
         n_train=n_train,
         n_held_out=n_held_out,

@@ -118,6 +118,7 @@ class Facts(BaseModel):
         levels: the values are the integers 0 .. levels - 1; None for real-valued data.
         scale: the map between the user's units and the model's.
         classes: names of the classes, in the order of the labels; None without labels.
+        class_counts: examples to learn from in each class, in that order; None without labels.
         features: names of the features of a vector, in its order; None without names.
         n_train: examples to learn from.
         n_held_out: examples to measure on, never learnt from.
@@ -133,6 +134,7 @@ class Facts(BaseModel):
     levels: Annotated[int, Field(ge=2)] | None
     scale: Scale
     classes: tuple[str, ...] | None
+    class_counts: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     features: tuple[str, ...] | None = None
     n_train: Count
     n_held_out: Count

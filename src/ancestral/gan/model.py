@@ -130,7 +130,7 @@ class GAN(nn.Module):
     def sample(self, n: int, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None) -> Tensor:
         """n examples in the data's own units: integer levels, or real values. Example i has stream (rng, start + i).
 
-        A model that knows classes draws from those of `labels`, int64, shape (n,), or from all of them alike.
+        A model that knows classes draws from those of `labels`, int64, shape (n,), or from each as often as the data.
 
         Raises:
             OptionError: if the model knows no classes, or not these.
@@ -140,7 +140,7 @@ class GAN(nn.Module):
         if labels is not None:
             checked(labels, n, self.classes, together=False)
         elif self.classes:
-            labels = (rand((n,), each) * self.classes).long()
+            labels = self._classes(rand((n,), each))
         parts = []
         with torch.no_grad():
             for first in range(0, n, AT_ONCE):
@@ -168,8 +168,13 @@ class GAN(nn.Module):
         """What as many samples as the batch has examples are made of: latents and, of the same classes, labels."""
         z = randn((len(batch.x), self.latent), batch.rows).to(self.device)
         if self.classes and batch.labels is None:
-            return z, (rand((len(z),), batch.rows) * self.classes).long().to(self.device)
+            return z, self._classes(rand((len(z),), batch.rows)).to(self.device)
         return z, self._told(batch)
+
+    def _classes(self, u: Tensor) -> Tensor:
+        """The class of each uniform number: as often as the data have it, or all alike where they do not say."""
+        counts = torch.tensor(self.facts.class_counts or [1] * (self.classes or 1), dtype=torch.float64)
+        return torch.searchsorted(counts.cumsum(0) / counts.sum(), u.double(), right=True)
 
     def _told(self, batch: Batch) -> Tensor | None:
         """The labels that the critic is told."""
