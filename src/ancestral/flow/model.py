@@ -29,6 +29,9 @@ DEQUANTIZATIONS = ("uniform", "variational")
 FEATURES = 16
 """Of the vector that stands for a class."""
 
+AT_ONCE = 1024
+"""Examples that go through the networks at once where no gradient is kept."""
+
 DEFAULTS = {
     "spline": {"transforms": 4, "width": 128, "depth": 2},
     "coupling": {"transforms": 10, "width": 64, "depth": 1},
@@ -219,9 +222,11 @@ class Flow(nn.Module):
         levels, given = self.facts.levels, x.double()
         if levels is not None and bool(((given != given.round()) | (given < 0) | (given >= levels)).any()):
             raise OptionError(f"received values that are not levels: {self.facts.name} has 0 to {levels - 1}")
-        x, context, each = self._model_units(x), self._context(len(x), labels), streams(rng, len(x), start=start)
+        x, each = self._model_units(x), streams(rng, len(x), start=start)
         if levels is None:
-            return Density((self.law(x, context) + self.facts.scale.log_det(self.facts.shape)).cpu(), "exact")
+            nats = torch.cat([self.law(x[rows], context) for rows, context in self._parts(len(x), labels)])
+            return Density((nats + self.facts.scale.log_det(self.facts.shape)).cpu(), "exact")
+        context = self._context(len(x), labels)
         one_each = (Weights.of(self._log_weight(x, context, each)[:, None].cpu()) for _ in range(draws))
         return reduce(Weights.joined, one_each).importance
 
@@ -241,8 +246,9 @@ class Flow(nn.Module):
         Raises:
             OptionError: naming the first example that holds no number, or has no latent that is one.
         """
-        z, _ = self.law.bijector(self._model_units(x), self._context(len(x), labels))
-        return _finite(z.cpu(), x, "example")
+        y = self._model_units(x)
+        z = torch.cat([self.law.bijector(y[rows], context)[0].cpu() for rows, context in self._parts(len(x), labels)])
+        return _finite(z, x, "example")
 
     @torch.no_grad()
     def decode(self, z: Tensor, *, labels: Tensor | None = None) -> Tensor:
@@ -251,9 +257,9 @@ class Flow(nn.Module):
         Raises:
             OptionError: naming the first latent that holds no number, or has no example that is one.
         """
-        context = self._context(len(z), labels)
-        x = self.law.bijector.inverse(z.to(self.law.label.weight), context)
-        return self.facts.to_raw(_finite(x.cpu(), z, "latent"))
+        y, inverse = z.to(self.law.label.weight), self.law.bijector.inverse
+        x = torch.cat([inverse(y[rows], context).cpu() for rows, context in self._parts(len(z), labels)])
+        return self.facts.to_raw(_finite(x, z, "latent"))
 
     @torch.no_grad()
     def round_trip(self, x: Tensor, *, labels: Tensor | None = None, rng: Seeds = 0) -> RoundTrip:
@@ -271,6 +277,11 @@ class Flow(nn.Module):
             )
         like = self.law.label.weight
         return _finite(self.facts.scale.forward(x, dtype=like.dtype), x, "example").to(like.device)
+
+    def _parts(self, n: int, labels: Tensor | None) -> list[tuple[slice, Tensor]]:
+        """Rows of n examples that go through the networks at once, each with what says their classes."""
+        context = self._context(n, labels)
+        return [(slice(i, i + AT_ONCE), context[i : i + AT_ONCE]) for i in range(0, n, AT_ONCE)]
 
     def _context(self, n: int, labels: Tensor | None) -> Tensor:
         if labels is None:

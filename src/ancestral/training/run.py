@@ -52,9 +52,13 @@ CARDS = {
     "diffusion": ("diffusion model", "Its likelihood is a bound"),
     "vae": ("variational autoencoder", "Its likelihood is a bound"),
     "flow": ("normalizing flow", "Its likelihood is exact, but for a bound where values lie on levels"),
+    "continuous": (
+        "continuous normalizing flow",
+        "Its likelihood is a bound, or that of its ODE up to a solver's error",
+    ),
     "gan": ("generative adversarial network", "It has no likelihood"),
 }
-"""What each family is called, and what is to be known of its likelihood."""
+"""What each family is called, or a recipe that is not like its family, and what is to be known of its likelihood."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +288,7 @@ class Run:
 
     def _card(self, seconds: float) -> str:
         facts, parameters = self.data.facts, sum(p.numel() for p in self.model.parameters())
-        kind, likelihood = CARDS[self.setup.family]
+        kind, likelihood = CARDS[self.setup.recipe if self.setup.recipe in CARDS else self.setup.family]
         return (
             f"# {self.path.name}\n\nA {kind} of {self.data.description}.\n\n"
             f"Trained for {self.total:,} steps of {self.setup.training.batch} examples in {seconds / 60:.1f} minutes "
