@@ -164,7 +164,7 @@ def sample(
     n: Annotated[int, typer.Option("-n", "--n", min=1, help="How many.")] = 64,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, max=100_000, help="Of the sampler, 100 by default; evaluations of one that is fitted."),
+        typer.Option(min=1, max=100_000, help="Of the sampler, 50 by default; evaluations of one that is fitted."),
     ] = None,
     sampler: Annotated[
         str | None,
@@ -190,7 +190,7 @@ def sample(
     with guarded(as_json, debug):
         from ancestral.apps import sampling, walking
         from ancestral.apps.progress import Progress
-        from ancestral.diffusion.model import Diffusion
+        from ancestral.diffusion.model import STEPS, Diffusion
         from ancestral.training import checkpoint, processes
 
         with signals(), processes.join() as group, Progress(quiet=not group.first) as progress:
@@ -206,7 +206,7 @@ def sample(
                     saved.model,
                     sampler or "ancestral",
                     grid,
-                    steps or 100,
+                    steps or STEPS,
                     checkpoint.run_of(run) / "fits",
                     gif=gif,
                     sheet=sheet,
