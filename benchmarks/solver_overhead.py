@@ -1,6 +1,6 @@
 """Time beside the network: our samplers and the schedulers of diffusers around a network that does nothing.
 
-A turn is one walk of ours and one of the peer's loop (scale the input, ask, step). A row has the medians over turns,
+A turn is one walk of ours and one of the peer's loop (scale the input, ask the same network, step). A row has the medians over turns,
 and of their ratios, of the time for each evaluation, since a step of some is two. Both have their grids before the
 clock starts.
 """
@@ -51,7 +51,7 @@ def ours(name: str, x: Tensor) -> Callable[[], float]:
 
 def theirs(name: str, x: Tensor) -> Callable[[], float]:
     """Seconds of a walk of as many steps."""
-    noise = peer.SOLVERS[name].stochastic
+    noise, net = peer.SOLVERS[name].stochastic, Nothing()
 
     @torch.no_grad()
     def walk() -> float:
@@ -60,7 +60,7 @@ def theirs(name: str, x: Tensor) -> Callable[[], float]:
         sample = x * scheduler.init_noise_sigma
         began = time.perf_counter()
         for t in scheduler.timesteps:
-            eps = scheduler.scale_model_input(sample, t)
+            eps = net(scheduler.scale_model_input(sample, t), t)
             sample = scheduler.step(eps, t, sample, **options).prev_sample
         return time.perf_counter() - began
 
