@@ -1,8 +1,8 @@
 """Time beside the network: our samplers and the schedulers of diffusers around a network that does nothing.
 
-A turn is one walk of ours and one of the peer's loop (scale the input, ask the same network, step). A row has the medians over turns,
-and of their ratios, of the time for each evaluation, since a step of some is two. Both have their grids before the
-clock starts.
+A turn is one walk of ours and one of the peer's loop (scale the input, ask the same network, step). A row has the
+medians over turns, and of their ratios, of the time for each evaluation, since a step of some is two. Both have their
+grids before the clock starts.
 """
 
 import statistics
