@@ -2,7 +2,7 @@
 
 The best of a hundred pairs on a few hundred starts is partly the luckiest. So for every law and budget the nearest
 pairs of theirs by RMS, picked on the starts that `solver_oracles` judges by, walk again from fresh starts, and beside
-them what was fitted to the law on 256 starts of its own. The best of theirs is still picked where it is judged.
+them what was fitted to the law on 1,024 starts of its own. The best of theirs is still picked where it is judged.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Any
 
 import solver_ours as ours
 import torch
-from solver_oracles import FITTED_ON, FITTED_SEED, PEERS, Row
+from solver_oracles import FITTED_SEED, PEERS, Row
 from solver_problems import PROCESS, Problem
 from torch import Tensor
 
@@ -21,6 +21,9 @@ from ancestral.rng import randn, stream
 
 PICKED, FRESH = 5, 72
 """Pairs of theirs that walk again, and the stream of the fresh starts."""
+
+FITTED_ON = 1024
+"""Starts of the fit."""
 
 STARTS = {"plane": 10_000, "space": 4_000, "digits": 2_048}
 """How many there are."""

@@ -16,6 +16,7 @@ stray from it miss more of others.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -110,16 +111,17 @@ class Starts:
         way = self.way and self.way._replace(states=self.way.states[:, rows])
         return Starts(self.denoiser, self.noise[rows], self.ends[rows], way)
 
-    def path(self, pair: Pair) -> list[Tensor]:
+    def path(self, pair: Pair) -> Iterator[Tensor]:
         """Every point of the pair's walk; a draw of p(x_T) is scaled to one at the first time."""
         process = self.denoiser.process
         x = self.noise * float(process.prior_var(pair.times[0]) / process.prior_var()) ** 0.5
-        return [point.x for point in SAMPLERS[pair.sampler].path(self.denoiser, x, pair.times)]
+        return (point.x for point in SAMPLERS[pair.sampler].path(self.denoiser, x, pair.times))
 
     def along(self, pair: Pair) -> "Starts":
         """The same starts, compared with the way of a fine pair, whose times are even in log-SNR."""
         levels = self.denoiser.process.log_snr(pair.times).clamp(min=LOG_SNR_MIN)
-        return replace(self, way=Way(torch.stack(self.path(pair)[:-1]), float(levels[0]), float(levels.diff().mean())))
+        states = torch.stack([x for x, _ in zip(self.path(pair), levels, strict=False)])
+        return replace(self, way=Way(states, float(levels[0]), float(levels.diff().mean())))
 
     def misses(self, pair: Pair) -> Tensor:
         """x_0 - x_0* of every start, shape (n, D), float64.
@@ -127,23 +129,25 @@ class Starts:
         Where ways are compared, beside it x_t - x_t* at every time but the first, `WAY` times the root of its share of
         the way in log-SNR: a row gets the length of both.
         """
-        path = self.path(pair)
         if self.way is None or len(pair.times) == 1:
-            return self.missed(path[-1])
+            return self.missed(pair)
         levels = self.denoiser.process.log_snr(pair.times).clamp(min=LOG_SNR_MIN)
         shares = WAY * (levels.diff() / (levels[-1] - levels[0])).sqrt()
-        told = zip(path[1:-1], levels[1:].tolist(), shares.tolist(), strict=True)
+        _, *between, end = self.path(pair)
+        told = zip(between, levels[1:].tolist(), shares.tolist(), strict=True)
         strayed = [share * _flat(x - self.way.at(level)) for x, level, share in told]
-        return torch.cat([self.missed(path[-1]), *strayed], 1)
+        return torch.cat([_flat(end - self.ends), *strayed], 1)
 
-    def missed(self, x: Tensor) -> Tensor:
-        """x - x_0* of every start, shape (n, D), float64."""
-        return _flat(x - self.ends)
+    def missed(self, pair: Pair) -> Tensor:
+        """x_0 - x_0* of every start, shape (n, D), float64."""
+        for x in self.path(pair):
+            end = x
+        return _flat(end - self.ends)
 
     def errors(self, pair: Pair) -> Errors:
         """How far from the ends of the reference the pair ends."""
-        far, spread = distances(self.missed(self.path(pair)[-1])), self.spread
-        astray = far > spread / 4
+        far = distances(self.missed(pair))
+        astray = far > self.spread / 4
         means = far.square().mean().sqrt(), far.sqrt().mean().square(), far.median(), astray.double().mean()
         return Errors(*(float(mean) for mean in means))
 
@@ -158,7 +162,7 @@ class Starts:
 
     def asked(self, pair: Pair) -> int:
         """Evaluations of the network for one example."""
-        before, _ = self.denoiser.asked, self[:1].path(pair)
+        before, _ = self.denoiser.asked, self[:1].missed(pair)
         return self.denoiser.asked - before
 
 

@@ -76,14 +76,15 @@ def fit(
 ) -> Fit:
     """The sampler and the times that follow the probability-flow ODE of a model best, for so many evaluations.
 
-    A quarter of the starts is held out. Candidates run on a ninth of the others, the best of them on all, the grids of
-    the four best samplers are bent, and the best of these once more. Where the RMS over all starts is not smaller then,
-    it is the best candidate that is returned; errors are those of the starts that were held out. The result is a
-    function of the arguments.
+    A quarter of the starts is held out. Candidates run on a twelfth of the others, the best of them on all, the grids
+    of the four best samplers are bent, and the best of these once more. Where the RMS over all starts is not smaller
+    then, it is the best candidate that is returned; errors are those of the starts that were held out. Where ends are
+    met or not, as those of a finite set are, the way there counts too: see `bend`. The result is a function of the
+    arguments.
 
     Args:
         denoiser: E[x_0 | x_t].
-        x_T: draws of p(x_T), shape (n, ...), n >= 16. Few know little of starts that go astray: 256 do.
+        x_T: draws of p(x_T), shape (n, ...), n >= 16. Few know little of starts that go astray: a thousand do.
         evaluations: of the network for each example that will be sampled, at most.
         samplers: of `DETERMINISTIC`, to choose from.
         grids: to choose from; by default `candidates`. `respace.best_grid` is another.
