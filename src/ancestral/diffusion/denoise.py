@@ -181,7 +181,8 @@ class NetworkDenoiser(Denoiser):
     def affine(self, x_t: Tensor, t: Instant, a: float, b: float, labels: Tensor | None = None) -> Tensor:
         """a x_t + b E[x_0 | x_t] = (a + b c_skip) x_t + b c_out net(c_in x_t, c_noise): two operations, or one."""
         c_skip, c_out, c_in = self.coefficients(t)
-        out = self._ask(self.net, x_t if abs(c_in - 1) < 1e-15 else x_t * c_in, t, labels)
+        net = self._modules["net"]  # which takes a module less time than self.net
+        out = self._ask(net, x_t if abs(c_in - 1) < 1e-15 else x_t * c_in, t, labels)
         own = a + b * c_skip
         if abs(own) <= 1e-15 * abs(a):  # what the network puts out is what is asked for
             return (out * (b * c_out)).to(x_t.dtype)
