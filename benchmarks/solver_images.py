@@ -33,8 +33,8 @@ from ancestral.training import checkpoint
 from ancestral.training.run import reload
 
 BUDGETS = (5, 8, 10, 15, 20, 50)
-FITTED_AT = (5, 8, 10, 15, 20)
-"""The budgets at which ours is fitted too."""
+FITTED_AT, FITTED_ON = (5, 8, 10, 15, 20), 64
+"""The budgets at which ours is fitted too, and on how many starts: as many as the command takes."""
 
 USUAL = ("diffusers", "dpmpp-2m", "karras")
 """What is recommended most to users of diffusers."""
@@ -164,7 +164,7 @@ def measure(run: Path, quick: bool, say: Callable[[str], None]) -> dict[str, Any
     for budget in budgets:
         found[budget] = walks(model.process, budget)
         if budget in FITTED_AT:
-            fit = ours.fitted(model.process, budget, NetworkLaw(denoiser), randn((16, *shape), stream(12)))
+            fit = ours.fitted(model.process, budget, NetworkLaw(denoiser), randn((FITTED_ON, *shape), stream(12)))
             found[budget]["ours", "fitted", fit.sampler] = partial(ours.on_fit, fit, model.process)
             say(f"{budget} evaluations: fitted by {fit.asked} evaluations: {fit.sampler}, {fit.times}")
         for (library, name, grid), walk in found[budget].items():
