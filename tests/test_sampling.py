@@ -231,6 +231,10 @@ def test_the_best_steps_of_the_chain_are_learnt_once_from_the_data_of_the_run(tr
     assert chosen < even
     monkeypatch.setattr(walking, "best_times", None)  # what is kept is asked for first
     np.testing.assert_array_equal(drawn()[0], samples)
+    monkeypatch.setattr(walking, "reload", lambda run, progress: load("ring-8"))
+    other = ancestral("sample", trained, *words[:3], 7, *words[4:])
+    assert other.exit_code == 2
+    assert "has changed since the run, which learns its best chain from it" in other.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

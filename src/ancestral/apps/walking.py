@@ -22,7 +22,7 @@ from ancestral.diffusion.grids import GRIDS
 from ancestral.diffusion.grids import grid as grid_of
 from ancestral.diffusion.model import Diffusion
 from ancestral.diffusion.watch import Glimpse
-from ancestral.errors import OptionError, unknown
+from ancestral.errors import OptionError, RunError, unknown
 from ancestral.measure.chain import best_times
 from ancestral.training import durable
 from ancestral.training.checkpoint import Saved
@@ -115,6 +115,7 @@ def way(
 
     Raises:
         OptionError: if there is no such sampler or grid, or a fitted one is to have another grid.
+        RunError: if the data that a best chain would be learnt from are not what they were.
     """
     if grid not in (None, BEST, *GRIDS):
         raise unknown("grid", grid, (BEST, *GRIDS))
@@ -147,6 +148,10 @@ def _best(saved: Saved, model: Diffusion, steps: int, folder: Path, progress: Ca
     if steps > model.chain:
         raise OptionError(f"the best steps are of the chain's {model.chain:,}, received --steps {steps}: give fewer")
     data = reload(saved.path, progress)
+    if data.facts.digest != saved.facts.digest:
+        raise RunError(
+            f"{data.facts.source}: has changed since the run, which learns its best chain from it: give another --grid"
+        )
     progress("learning the best chain", 0, 1)
     times = best_times(model, data, steps)
     progress("learning the best chain", 1, 1)
