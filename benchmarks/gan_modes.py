@@ -32,8 +32,10 @@ LOOKS = 4
 """How often a run is asked whether it has collapsed, evenly, the last time at its end."""
 
 
-def trained(data: Data, seed: int, game: str, gamma: float | None, section: TrainingSection) -> dict[str, Any]:
-    """The row of one run."""
+def trained(
+    data: Data, seed: int, game: str, gamma: float | None, section: TrainingSection
+) -> tuple[dict[str, Any], GAN]:
+    """What one run cost and said, and its averaged generator."""
     torch.manual_seed(seed)
     model, began, total = GAN(data.facts, loss=game, gamma=gamma), time.process_time(), section.steps or 0
     row: dict[str, Any] = {"data": data.facts.name, "game": game, "gamma": model.gamma, "seed": seed, "said": []}
@@ -49,7 +51,7 @@ def trained(data: Data, seed: int, game: str, gamma: float | None, section: Trai
     held_out = data.facts.scale.forward(data.held_out[:256])
     row["standing"] = dict(model.standing(Batch(batch.x, Rows((seed, 2), 256)), held_out))
     model.generator = state.averages["generator"][section.ema].module
-    return row | measured(data, model.sample(len(data.held_out), rng=seed))
+    return row, model
 
 
 def measured(data: Data, x: torch.Tensor) -> dict[str, Any]:
@@ -106,7 +108,8 @@ def main() -> None:
             for gamma in options.gammas:
                 runs = []
                 for seed in range(options.seeds):
-                    runs.append(trained(data, seed, game, gamma, section))
+                    row, model = trained(data, seed, game, gamma, section)
+                    runs.append(row | measured(data, model.sample(len(data.held_out), rng=seed)))
                     print(line(runs[-1]), flush=True)
                     options.to.write_text(json.dumps(rows + runs, indent=2) + "\n")
                 rows += runs
