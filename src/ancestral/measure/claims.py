@@ -66,7 +66,8 @@ def oscillation(distances: Sequence[float]) -> tuple[float, float]:
 
     Returns:
         The deviation over the last quarter of the checkpoints, and by how much the last one is above the best of all;
-        both relative to the mean of the last quarter.
+        both in the units of the distance. Relative to a mean they would say nothing of a model whose distance,
+        unbiased, is about zero.
 
     Raises:
         OptionError: if there are fewer than 8 checkpoints.
@@ -79,7 +80,7 @@ def oscillation(distances: Sequence[float]) -> tuple[float, float]:
         raise OptionError(f"received {len(distances)} checkpoints: give 8 at least, for two in the last quarter")
     all_of_them = torch.tensor(distances, dtype=torch.float64)
     last = all_of_them[-(len(distances) // 4) :]
-    return float(last.std() / last.mean()), float((last[-1] - all_of_them.min()) / last.mean())
+    return float(last.std()), float(last[-1] - all_of_them.min())
 
 
 @dataclass(frozen=True)
