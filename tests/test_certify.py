@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from ancestral.apps.cli import app
 from ancestral.diffusion import denoise, sample, singlestep
 from ancestral.diffusion import process as P
-from ancestral.diffusion.denoise import ROWS
+from ancestral.diffusion.denoise import ROWS, NetworkDenoiser
 from ancestral.diffusion.flow import flow_likelihood
 from ancestral.diffusion.sample import SAMPLERS
 from ancestral.errors import OptionError
@@ -261,6 +261,19 @@ def test_a_row_of_the_wrong_sign_fails_its_published_target():
     assert found["round_trip"] < 1e-9
     assert [fault.split(":")[0] for fault in faults] == ["x_0 is not what the row makes of its target"]
     assert "flipped" not in ROWS
+
+
+def test_two_rows_of_one_name_are_two_rows():
+    """What is kept of a row for the next walk is that row's, though another had its name before."""
+    (t,), x = P.cosine().instants([0.5]), torch.ones(1, 2)
+    for scale in (1.0, 2.0):
+        with known_rows({"own": lambda a, s, d, scale=scale: (0 * a, 0 * a + scale)}):
+            assert torch.equal(NetworkDenoiser(Same(), P.cosine(), "own")(x, t), scale * x)
+
+
+class Same(torch.nn.Module):
+    def forward(self, x, log_snr):
+        return x
 
 
 WRONG_LIKELIHOODS = {

@@ -148,8 +148,8 @@ class NetworkDenoiser(Denoiser):
     def coefficients(self, t: Time) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
         """(c_skip, c_out, c_in) at t, float64, the shape of t."""
         if isinstance(t, Instant):
-            return _scales(self.predicts, t.alpha, t.sigma, self.sigma_data)
-        return _scales.__wrapped__(self.predicts, *self.process(t), self.sigma_data)
+            return _scales(ROWS[self.predicts], t.alpha, t.sigma, self.sigma_data)
+        return _scales.__wrapped__(ROWS[self.predicts], *self.process(t), self.sigma_data)
 
     @property
     def asked(self) -> int:
@@ -225,9 +225,9 @@ class NetworkDenoiser(Denoiser):
 
 
 @lru_cache(4096)
-def _scales(predicts: str, alpha: Any, sigma: Any, sigma_data: float) -> tuple[Any, Any, Any]:
+def _scales(row: Row, alpha: Any, sigma: Any, sigma_data: float) -> tuple[Any, Any, Any]:
     """(c_skip, c_out, c_in): of numbers, kept for the next walk on the grid."""
-    return *ROWS[predicts](alpha, sigma, sigma_data), (alpha**2 * sigma_data**2 + sigma**2) ** -0.5
+    return *row(alpha, sigma, sigma_data), (alpha**2 * sigma_data**2 + sigma**2) ** -0.5
 
 
 @lru_cache(256)
