@@ -84,6 +84,7 @@ class VAESection(Section):
     blocks: int = Field(1, ge=0)
     components: int = Field(5, ge=1)
     labels: bool = False
+    precision: str = "auto"
 
 
 class FlowSection(Section):

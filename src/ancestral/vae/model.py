@@ -10,6 +10,7 @@ from ancestral.errors import OptionError
 from ancestral.importance import Weights
 from ancestral.labels import checked, counted, told
 from ancestral.nets.ladder import network
+from ancestral.nets.precision import lowered
 from ancestral.protocol import Batch, Density, Player
 from ancestral.rng import Rng, Seeds, randn, stream, streams
 from ancestral.vae import aggregate, bound
@@ -45,9 +46,11 @@ class VAE(nn.Module):
         blocks: residual blocks at each side, or layers, each way.
         components: of the mixture of logistics.
         classes: whether the network is told the class.
+        precision: what training on images multiplies with: "float32", "bfloat16" (weights stay float32), or "auto":
+            bfloat16 where the hardware has it. All that is measured and drawn is computed as the weights are kept.
 
     Raises:
-        OptionError: if a number is too small, or classes are to be learnt and the data has none.
+        OptionError: if a number is too small, the precision is unknown, or classes are to be learnt that are not there.
 
     Example:
         >>> from ancestral.data import load
@@ -68,8 +71,10 @@ class VAE(nn.Module):
         blocks: int = 1,
         components: int = 5,
         classes: bool = False,
+        precision: str = "auto",
     ) -> None:
         super().__init__()
+        self.lowered = lowered(precision) and facts.is_image
         least = {"latents": 1, "ladder": 0, "channels": 1, "width": 1, "blocks": 0}
         given = {"latents": latents, "ladder": ladder, "channels": channels, "width": width, "blocks": blocks}
         for name, number in given.items():
@@ -115,10 +120,11 @@ class VAE(nn.Module):
         """
         x = batch.x.to(self.dtype)
         noise = randn((len(x), self.latents), batch.rows, dtype=self.dtype).to(x.device)
-        found = self.network(x, noise, told(batch, self.network.classes))
-        excess = found.log_std.mul(2).expm1() - 2 * found.log_std + found.mean.square()
-        kl = 0.5 * excess.sum(1)
-        return ((kl - self.decoder.log_prob(x, found.out).to(kl)) / self.facts.dims).mean()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.lowered):
+            found = self.network(x, noise, told(batch, self.network.classes))
+        out, mean, log_std = (each.to(x) for each in (found.out, found.mean, found.log_std))
+        kl = 0.5 * (log_std.mul(2).expm1() - 2 * log_std + mean.square()).sum(1)
+        return ((kl - self.decoder.log_prob(x, out).to(kl)) / self.facts.dims).mean()
 
     def sample(
         self,
