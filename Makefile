@@ -38,7 +38,7 @@ demo: $(INSTALLED)  ## train on digits, sample, evaluate and draw the figures, i
 
 # Two workers of one thread each: on two cores, more threads would only wait for each other.
 test: $(INSTALLED)  ## run every test and every example in a docstring
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -q -rs
 
 check: $(INSTALLED)  ## lint, formatting, types, and the direction of imports
 	$(BIN)/ruff check
@@ -70,7 +70,7 @@ bench-quality: $(INSTALLED) $(PEERS)  ## held-out loss against time beside the p
 bench-scaling: $(INSTALLED)  ## time and memory against side, batch, size of the data and processes, in 3 minutes
 	$(BIN)/python benchmarks/scaling.py
 
-bench-solvers: $(INSTALLED) $(PEERS)  ## error against evaluations beside the peers' solvers, and the time of a step, in about 40 minutes
+bench-solvers: $(INSTALLED) $(PEERS)  ## error against evaluations beside the peers' solvers, and the time of a step, in about 55 minutes
 	PYTHONPATH=src .venv-peers/bin/python benchmarks/solvers.py
 
 clean:  ## remove dist/ and caches; runs/ and the environments stay

@@ -26,6 +26,9 @@ STEPS = 50
 WANTED = 5.0
 """How many times the time of ours theirs should take."""
 
+BARE = {"euler": (1, 1, 1), "heun": (2, 3, 2), "pndm": (2, 5, 1), "dpmpp-2m": (2, 3, 1)}
+"""Of a step: products with a number, sums in place, and evaluations. Less than these operations no step can take."""
+
 
 class Nothing(nn.Module):
     """A network that returns what it is given."""
@@ -67,6 +70,23 @@ def theirs(name: str, x: Tensor) -> Callable[[], float]:
     return walk
 
 
+def bare(name: str, x: Tensor) -> Callable[[], float]:
+    """Seconds of the operations of as many steps, with nothing around them."""
+    products, sums, _ = BARE[name]
+
+    @torch.inference_mode()
+    def walk() -> float:
+        began = time.perf_counter()
+        for _ in range(STEPS):
+            for _ in range(products):
+                y = x * 0.9
+            for _ in range(sums):
+                y.add_(x, alpha=0.1)
+        return time.perf_counter() - began
+
+    return walk
+
+
 def asked(cost: tuple[int, int]) -> int:
     """Evaluations of a walk."""
     return cost[0] * STEPS + cost[1]
@@ -94,6 +114,10 @@ def measure(turns: int, say: Callable[[str], None]) -> dict[str, Any]:
                 "least": min(ratios),
                 "greatest": max(ratios),
             }
+            if name in BARE:
+                alone = bare(name, x)
+                median = statistics.median([alone() for _ in range(turns + 1)][1:])
+                row["bare_microseconds"] = 1e6 * median / (STEPS * BARE[name][2])
             rows.append(row)
             say(f"{shape} {name}: {row['ours_microseconds']:.0f} us an evaluation, diffusers {row['ratio']:.2f} times")
     return {"steps": STEPS, "turns": turns, "wanted": WANTED, "threads": torch.get_num_threads(), "rows": rows}

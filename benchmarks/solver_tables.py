@@ -168,8 +168,17 @@ def overhead(found: dict[str, Any]) -> str:
         verdict = "yes" if row["ratio"] >= found["wanted"] else "NO"
         spread = f"{row['ratio']:.2f} ({row['least']:.2f} to {row['greatest']:.2f})"
         times = [f"{row[f'{side}_microseconds']:.0f}" for side in ("ours", "diffusers")]
+        times.append(f"{row['bare_microseconds']:.1f}" if "bare_microseconds" in row else "")
         lines.append(["x".join(map(str, row["shape"])), row["solver"], *times, spread, verdict])
-    head = ["shape", "solver", "ours, us", "diffusers, us", "ratio", f"at least {found['wanted']:g}"]
+    head = [
+        "shape",
+        "solver",
+        "ours, us",
+        "diffusers, us",
+        "bare operations, us",
+        "ratio",
+        f"at least {found['wanted']:g}",
+    ]
     return table(head, lines)
 
 

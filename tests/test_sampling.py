@@ -215,7 +215,7 @@ def test_a_fit_is_made_once_and_again_where_what_was_kept_is_none(trained, tmp_p
 
 
 def test_the_best_steps_of_the_chain_are_learnt_once_from_the_data_of_the_run(trained, tmp_path, monkeypatch):
-    """They are of the chain, with less of the bound than as many even steps, by the terms that they were chosen by."""
+    """They are of the chain, and the model's bound of training examples is less on them than on as many even steps."""
     words = ["-n", 5, "--steps", 6, "--grid", "best", "--out", tmp_path, "--json"]
 
     def drawn() -> tuple[np.ndarray, list[float]]:
@@ -226,8 +226,9 @@ def test_the_best_steps_of_the_chain_are_learnt_once_from_the_data_of_the_run(tr
     model, data = checkpoint.load(trained), load("digits")
     assert set(times) <= set(grid(model.process, model.chain).tolist())
     assert times == best_times(model, data, 6).tolist()
-    np.testing.assert_array_equal(samples, model.sample(5, steps=torch.tensor(times, dtype=torch.float64)))
-    chosen, even = (model.bound(data.train[:256], rng=0, steps=t).nats.mean() for t in (torch.tensor(times), 6))
+    best = torch.tensor(times, dtype=torch.float64)
+    np.testing.assert_array_equal(samples, model.sample(5, steps=best))
+    chosen, even = (model.bound(data.train[:256], rng=0, steps=t).nats.mean() for t in (best, 6))
     assert chosen < even
     monkeypatch.setattr(walking, "best_times", None)  # what is kept is asked for first
     np.testing.assert_array_equal(drawn()[0], samples)

@@ -140,7 +140,7 @@ def way(
 
 def _best(saved: Saved, model: Diffusion, steps: int, folder: Path, progress: Callable[..., None]) -> Tensor:
     """The best steps of the chain, as they were found for these weights or are found now."""
-    path = folder / f"{weights(saved)[:12]}-average-{saved.ema:g}-chain-{steps}.json"
+    path = _kept(saved, folder, f"chain-{steps}")
     with suppress(OSError, ValueError, TypeError):
         times = torch.tensor(json.loads(path.read_bytes()), dtype=torch.float64)
         if len(grid_of(model.process, times)) == steps:
@@ -162,7 +162,7 @@ def _best(saved: Saved, model: Diffusion, steps: int, folder: Path, progress: Ca
 
 def _fitted(saved: Saved, model: Diffusion, evaluations: int, folder: Path, progress: Callable[..., None]) -> Fit:
     """What was found for these weights, or is found now."""
-    path = folder / f"{weights(saved)[:12]}-average-{saved.ema:g}-evaluations-{evaluations}.json"
+    path = _kept(saved, folder, f"evaluations-{evaluations}")
     with suppress(OSError, ValueError, TypeError):  # there is none, or it is no longer one
         found = Fit(**json.loads(path.read_bytes()))
         if found.sampler in samplers.SAMPLERS and len(grid_of(model.process, found.steps)):
@@ -173,6 +173,11 @@ def _fitted(saved: Saved, model: Diffusion, evaluations: int, folder: Path, prog
     folder.mkdir(parents=True, exist_ok=True)
     durable.write_json(path, asdict(found))
     return found
+
+
+def _kept(saved: Saved, folder: Path, what: str) -> Path:
+    """Where something that was found for these weights is."""
+    return folder / f"{weights(saved)[:12]}-average-{saved.ema:g}-{what}.json"
 
 
 class _Watch:

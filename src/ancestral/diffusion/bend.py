@@ -16,7 +16,6 @@ stray from it miss more of others.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -111,16 +110,20 @@ class Starts:
         way = self.way and self.way._replace(states=self.way.states[:, rows])
         return Starts(self.denoiser, self.noise[rows], self.ends[rows], way)
 
-    def path(self, pair: Pair) -> Iterator[Tensor]:
-        """Every point of the pair's walk; a draw of p(x_T) is scaled to one at the first time."""
+    def at_first(self, pair: Pair) -> Tensor:
+        """The draws of p(x_T), scaled to draws at the pair's first time."""
         process = self.denoiser.process
-        x = self.noise * float(process.prior_var(pair.times[0]) / process.prior_var()) ** 0.5
-        return (point.x for point in SAMPLERS[pair.sampler].path(self.denoiser, x, pair.times))
+        return self.noise * float(process.prior_var(pair.times[0]) / process.prior_var()) ** 0.5
+
+    def path(self, pair: Pair) -> list[Tensor]:
+        """Every point of the pair's walk."""
+        walk = SAMPLERS[pair.sampler].path(self.denoiser, self.at_first(pair), pair.times)
+        return [point.x for point in walk]
 
     def along(self, pair: Pair) -> "Starts":
         """The same starts, compared with the way of a fine pair, whose times are even in log-SNR."""
         levels = self.denoiser.process.log_snr(pair.times).clamp(min=LOG_SNR_MIN)
-        states = torch.stack([x for x, _ in zip(self.path(pair), levels, strict=False)])
+        states = torch.stack(self.path(pair)[:-1])
         return replace(self, way=Way(states, float(levels[0]), float(levels.diff().mean())))
 
     def misses(self, pair: Pair) -> Tensor:
@@ -140,9 +143,7 @@ class Starts:
 
     def missed(self, pair: Pair) -> Tensor:
         """x_0 - x_0* of every start, shape (n, D), float64."""
-        for x in self.path(pair):
-            end = x
-        return _flat(end - self.ends)
+        return _flat(SAMPLERS[pair.sampler](self.denoiser, self.at_first(pair), pair.times) - self.ends)
 
     def errors(self, pair: Pair) -> Errors:
         """How far from the ends of the reference the pair ends."""
