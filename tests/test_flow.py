@@ -12,9 +12,11 @@ from torch import nn
 from ancestral.data import Scale, load
 from ancestral.errors import OptionError
 from ancestral.flow.bijector import Bijector, Chain, Ends, Tails
-from ancestral.flow.coupling import Coupling, PatchNet, masks
+from ancestral.flow.causal import Causal
+from ancestral.flow.coupling import Coupling, masks
 from ancestral.flow.dequantize import Variational
 from ancestral.flow.model import FEATURES, Flow
+from ancestral.flow.patches import PatchNet
 from ancestral.flow.spline import SEQUENTIAL, Splines
 from ancestral.gaussian import LOG_2PI
 from ancestral.importance import Weights
@@ -65,6 +67,8 @@ BIJECTORS = {
     "couplings": (lambda: couplings((1, 4, 4), 2, 8), (1, 4, 4)),
     "couplings of odd sides": (lambda: couplings((3, 3, 2), 1, 8), (3, 3, 2)),
     "couplings of single values": (lambda: couplings((1, 3, 2), 1, 6), (1, 3, 2)),
+    "causal": (lambda: Causal((1, 4, 4), 2, FEATURES, width=8, depth=2, heads=2), (1, 4, 4)),
+    "causal of single values": (lambda: Causal((2, 2, 3), 1, FEATURES, width=8, depth=1, heads=2), (2, 2, 3)),
     "chain": (lambda: Chain([Tails(), splines(3), Tails(1.0), splines(3)]), (3,)),
 }
 
@@ -176,11 +180,11 @@ def deep(kind):
         flow = build(data.facts, transforms=30, bins=8, width=16, depth=1, stir=0.0)
         return trained(flow, data, 25, batch=64, rate=5e-3), data
     data = load("digits")
-    flow = build(data.facts, transforms=30, width=16, heads=2, stir=0.05)
+    flow = build(data.facts, kind=kind, transforms=30, width=16, heads=2, stir=0.05)
     return trained(flow, data, 20, batch=32, rate=5e-3), data
 
 
-@pytest.mark.parametrize("kind", ["spline", "coupling"])
+@pytest.mark.parametrize("kind", ["spline", "coupling", "causal"])
 def test_a_flow_of_thirty_layers_inverts_in_either_precision(kind):
     flow, data = deep(kind)
     seen = {"train": data.train[:200].float(), "held out": data.held_out[:200].float(), **extremes(data.facts)}

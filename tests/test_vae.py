@@ -338,7 +338,9 @@ def test_draws_have_the_law_that_is_measured(shape, options):
 # The model
 
 
-@pytest.mark.parametrize(("shape", "levels"), [((3,), None), ((1, 5, 6), 2), ((3, 5, 6), 9), ((2, 3), 4)])
+@pytest.mark.parametrize(
+    ("shape", "levels"), [((3,), None), ((1, 5, 6), 2), ((3, 5, 6), 9), ((1, 17, 19), 3), ((2, 3), 4)]
+)
 @pytest.mark.parametrize("ladder", [0, 1])
 def test_the_loss_is_the_negative_bound_per_dimension(shape, levels, ladder):
     """In the mean over noise, in the model's units, with the divergence in closed form; and every weight matters."""

@@ -1,6 +1,6 @@
 """Couplings of the values of an image, whose networks are transformers over its patches.
 
-Shapes: B batch, C channels, H height, W width, N patches, D = C P^2 values of a patch, P its side, E features.
+Shapes: B batch, C channels, H height, W width, N patches, D = C P^2 values of a patch, P its side.
 """
 
 import math
@@ -8,61 +8,12 @@ from collections.abc import Iterator
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from ancestral.errors import OptionError
 from ancestral.flow.bijector import Bijector, summed
-from ancestral.nets.blocks import zeroed
-from ancestral.nets.dit import DiTBlock, joined
-
-Shape = tuple[int, int, int]
-"""Of an image: C, H, W."""
-
-
-class PatchNet(nn.Module):
-    """Transformer blocks over the patches of an image, put out as two images; both are zero at first.
-
-    Args:
-        shape: (C, H, W).
-        patch: P, which divides H and W.
-        features: of the context.
-        width: E, a multiple of `heads`.
-        depth: blocks.
-        heads: of the attention.
-
-    Raises:
-        OptionError: if the patch or the heads do not divide.
-    """
-
-    def __init__(self, shape: Shape, patch: int, features: int, *, width: int, depth: int, heads: int) -> None:
-        super().__init__()
-        (C, H, W), self.patch = shape, patch
-        if patch < 1 or H % patch or W % patch:
-            raise OptionError(f"received patch {patch}: the sides of images of {H}x{W} are not multiples of it")
-        if width % heads:
-            raise OptionError(f"a transformer's width is a multiple of its {heads} heads, received {width}")
-        N, D = H * W // patch**2, C * patch**2
-        self.enter = nn.Linear(D, width)
-        self.places = nn.Parameter(0.02 * torch.randn(N, width))
-        self.blocks = nn.ModuleList(DiTBlock(width, heads, features) for _ in range(depth))
-        self.leave = zeroed(nn.Linear(width, 2 * D))
-
-    def forward(self, x_BCHW: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W), (B, features) -> (B, C, H, W) twice."""
-        _, _, H, W = x_BCHW.shape
-        h_BNE = self.enter(split(x_BCHW, self.patch)) + self.places
-        for block in self.blocks:
-            h_BNE = block(h_BNE, context)
-        out = self.leave(F.layer_norm(h_BNE, h_BNE.shape[-1:]))
-        first, second = joined(out, H // self.patch, W // self.patch, self.patch).chunk(2, 1)
-        return first, second
-
-
-def split(x_BCHW: Tensor, patch: int) -> Tensor:
-    """An image as a sequence of its patches, (B, C, H, W) -> (B, N, D)."""
-    (B, C, H, W), P = x_BCHW.shape, patch
-    return x_BCHW.reshape(B, C, H // P, P, W // P, P).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * P * P)
+from ancestral.flow.patches import PatchNet, Shape, image, split
+from ancestral.nets.dit import joined
 
 
 @final
@@ -76,7 +27,7 @@ class Coupling(Bijector):
     Reference: Dinh et al. (2017), eqs. 4-8; Kolesnikov et al. (2024), Jet, for the form of the scale.
 
     Args:
-        net: (m x, context) to b and r.
+        net: (m x, context) to b and r, two numbers for each value.
         keep: m, bool, shape (C, H, W).
 
     Example:
@@ -95,13 +46,19 @@ class Coupling(Bijector):
         self.register_buffer("keep", keep)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        b, r = self.net(x * self.keep, context)
+        b, r = self._told(x, context)
         log_s = _log_scale(r).masked_fill(self.keep, 0.0)
         return torch.where(self.keep, x, (x + b) * log_s.exp()), summed(log_s)
 
     def inverse(self, z: Tensor, context: Tensor) -> Tensor:
-        b, r = self.net(z * self.keep, context)
+        b, r = self._told(z, context)
         return torch.where(self.keep, z, z * (-_log_scale(r)).exp() - b)
+
+    def _told(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """b and r of each value, shape (B, C, H, W)."""
+        out = self.net(split(x * self.keep, self.net.patch), context)
+        b, r = image(out, (x.shape[1], x.shape[2], x.shape[3]), self.net.patch).chunk(2, 1)
+        return b, r
 
 
 def _log_scale(r: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ancestral.flow.bijector import Chain, summed
-from ancestral.flow.coupling import Coupling, PatchNet, Shape, masks
+from ancestral.flow.coupling import Coupling, masks
+from ancestral.flow.patches import PatchNet, Shape
 from ancestral.rng import Rng, rand
 
 

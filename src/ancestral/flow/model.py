@@ -14,16 +14,19 @@ from ancestral.data import Facts
 from ancestral.errors import OptionError, unknown
 from ancestral.flow import dequantize
 from ancestral.flow.bijector import Bijector, Chain, Ends, Tails, summed
-from ancestral.flow.coupling import Coupling, PatchNet, masks
+from ancestral.flow.causal import Causal
+from ancestral.flow.coupling import Coupling, masks
 from ancestral.flow.dequantize import Dequantizer, Uniform, Variational
+from ancestral.flow.patches import PatchNet
 from ancestral.flow.spline import Splines
 from ancestral.gaussian import LOG_2PI
 from ancestral.importance import Weights
 from ancestral.labels import checked, counted, told
+from ancestral.nets.precision import lowered
 from ancestral.protocol import Batch, Density, Player
 from ancestral.rng import Rng, Seeds, randn, streams
 
-KINDS = ("spline", "coupling")
+KINDS = ("spline", "coupling", "causal")
 DEQUANTIZATIONS = ("uniform", "variational")
 
 FEATURES = 16
@@ -35,6 +38,7 @@ AT_ONCE = 1024
 DEFAULTS = {
     "spline": {"transforms": 4, "width": 128, "depth": 2},
     "coupling": {"transforms": 10, "width": 64, "depth": 1},
+    "causal": {"transforms": 4, "width": 64, "depth": 4},
 }
 """What a kind of flow takes where a keyword is None."""
 
@@ -105,20 +109,24 @@ class Flow(nn.Module):
 
         log p(x) = log N(f(x); 0, I) + log |det df/dx|
 
-    A flow is of splines, for vectors; or of couplings, for images, see `coupling.Coupling`. Real values pass `Tails`
+    A flow of vectors is of splines, see `spline.Splines`; one of images of couplings, see `coupling.Coupling`, behind
+    splines of each patch as those before it tell, see `causal.Causal`, or without these. Real values pass `Tails`
     first, whatever they are. Data on levels is dequantized, see `dequantize`, and passes `Ends`.
 
     Args:
         facts: of the data: shape, levels, scale, classes.
-        kind: "spline" or "coupling"; by default that of the data: couplings for images.
-        transforms: splines, or couplings, one after the other.
+        kind: "spline", "coupling" or "causal"; by default that of the data: "causal" for images.
+        transforms: splines of a vector, or couplings of an image, one after the other.
         width: features of a conditioner.
-        depth: hidden layers of a spline's, transformer blocks of a coupling's.
-        bins: of a spline.
+        depth: hidden layers of a spline's, transformer blocks of a coupling's, or of those before the couplings.
+        bins: of a spline of a vector.
         patch: side of a patch of couplings; by default about eight of them a side.
         heads: of a transformer's attention.
         dequantization: of data on levels, "uniform" or "variational".
         classes: learn the law of each class too.
+        precision: what training on images multiplies with: "float32", "bfloat16" (weights and values stay float32), or
+            "auto": bfloat16 where the hardware has it. All that is measured and drawn is computed as the weights are
+            kept.
 
     Raises:
         OptionError: if a name is unknown, a number is out of range, or a combination is undefined.
@@ -144,15 +152,17 @@ class Flow(nn.Module):
         heads: int = 4,
         dequantization: str = "uniform",
         classes: bool = False,
+        precision: str = "auto",
     ) -> None:
         super().__init__()
-        kind = kind or ("coupling" if facts.is_image and min(facts.shape[1:]) > 1 else "spline")
+        self.lowered = lowered(precision) and facts.is_image
+        kind = kind or ("causal" if facts.is_image and min(facts.shape[1:]) > 1 else "spline")
         if kind not in KINDS:
             raise unknown("kind of flow", kind, KINDS)
         if dequantization not in DEQUANTIZATIONS:
             raise unknown("dequantization", dequantization, DEQUANTIZATIONS)
-        if kind == "coupling" and len(facts.shape) != 3:
-            raise OptionError(f"couplings are for images, but {facts.name} has shape {facts.shape}: use kind='spline'")
+        if kind != "spline" and len(facts.shape) != 3:
+            raise OptionError(f"{kind!r} is for images, but {facts.name} has shape {facts.shape}: use kind='spline'")
         transforms, width, depth = (
             DEFAULTS[kind][name] if given is None else given
             for name, given in (("transforms", transforms), ("width", width), ("depth", depth))
@@ -163,15 +173,17 @@ class Flow(nn.Module):
                 "is at least 1, and bins at least 2"
             )
         self.facts = facts
-        shape = (facts.shape[0], facts.shape[1], facts.shape[2]) if kind == "coupling" else (facts.dims, 1, 1)
+        shape = (facts.dims, 1, 1) if kind == "spline" else (facts.shape[0], facts.shape[1], facts.shape[2])
         side = patch or patch_side(shape)
         blocks: list[Bijector] = [Ends(facts.levels / (facts.levels - 1)) if facts.levels else Tails()]
         if kind == "spline":
             blocks.append(Splines(facts.dims, FEATURES, transforms=transforms, bins=bins, width=width, depth=depth))
-        else:
-            keeps = masks(shape, side)
+        if kind == "causal":
+            blocks.append(Causal(shape, side, FEATURES, width=width, depth=depth, heads=heads))
+        if kind != "spline":
+            keeps, deep = masks(shape, side), depth if kind == "coupling" else 1
             for _ in range(transforms):
-                net = PatchNet(shape, side, FEATURES, width=width, depth=depth, heads=heads)
+                net = PatchNet(shape, side, FEATURES, width=width, depth=deep, heads=heads)
                 blocks.append(Coupling(net, next(keeps)))
         dequantizer: Dequantizer | None = None
         if facts.levels and dequantization == "uniform":
@@ -192,7 +204,8 @@ class Flow(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         """-log p(x) per dimension in nats, of the density in the model's units, or of the bin of x with one draw."""
         context = self.law.context(len(batch.x), told(batch, self.law.classes or None))
-        log_p = self._log_weight(batch.x, context, batch.rows)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.lowered):
+            log_p = self._log_weight(batch.x, context, batch.rows)
         return -log_p.mean() / self.facts.dims
 
     def _log_weight(self, x: Tensor, context: Tensor, rng: Rng) -> Tensor:

@@ -14,6 +14,7 @@ from ancestral.gan.diagnostics import collapsed, standing
 from ancestral.gan.losses import GAMES, squared_gradient
 from ancestral.labels import checked, counted
 from ancestral.nets.critic import ImageCritic, ImageGenerator, VectorCritic, VectorGenerator
+from ancestral.nets.precision import lowered
 from ancestral.protocol import Batch, Player
 from ancestral.rng import Rows, Seeds, rand, randn, streams
 
@@ -40,6 +41,8 @@ class GAN(nn.Module):
         pac: examples that the critic judges together, as one, so that it sees when they are alike.
         augment: whether the critic sees images through random changes, for few examples.
         classes: whether to learn the law of each class.
+        precision: what training on images multiplies with: "float32", "bfloat16" (weights and scores stay float32), or
+            "auto": bfloat16 where the hardware has it. Samples are computed as the weights are kept.
 
     Raises:
         OptionError: if a name is unknown, a number out of range, or the data is not of the kind that an option needs.
@@ -65,8 +68,10 @@ class GAN(nn.Module):
         pac: int = 1,
         augment: bool = False,
         classes: bool = False,
+        precision: str = "auto",
     ) -> None:
         super().__init__()
+        self.lowered = lowered(precision) and facts.is_image
         if loss not in GAMES:
             raise unknown("loss", loss, GAMES)
         if gamma is not None and not 0 <= gamma < float("inf"):
@@ -109,22 +114,22 @@ class GAN(nn.Module):
         Where no gradients are asked for, it is the loss of the game alone, without the penalty that is made of them.
         """
         with torch.no_grad():
-            fake = self._seen(self.generator(*self._made(batch)), batch.rows)
+            fake = self._seen(self._generated(batch), batch.rows)
             real = self._seen(batch.x, batch.rows)
         labels = self._told(batch)
         if self.gamma == 0 or not torch.is_grad_enabled():
-            return self.game.critic(self.critic(real, labels), self.critic(fake, labels))
+            return self.game.critic(self._scores(real, labels), self._scores(fake, labels))
         both = None if labels is None else torch.cat([labels, labels])
-        scores, squares = squared_gradient(lambda x: self.critic(x, both), torch.cat([real, fake]))
+        scores, squares = squared_gradient(lambda x: self._scores(x, both), torch.cat([real, fake]))
         return self.game.critic(*scores.chunk(2)) + self.gamma * squares.mean()
 
     def generator_loss(self, batch: Batch) -> Tensor:
         """What the generator minimises, see `losses`; the critic is given no gradient."""
         labels = self._told(batch)
         with _still(self.critic):
-            fake = self.critic(self._seen(self.generator(*self._made(batch)), batch.rows), labels)
+            fake = self._scores(self._seen(self._generated(batch), batch.rows), labels)
             with torch.no_grad():
-                real = self.critic(self._seen(batch.x, batch.rows), labels)
+                real = self._scores(self._seen(batch.x, batch.rows), labels)
             return self.game.generator(real, fake)
 
     def sample(self, n: int, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None) -> Tensor:
@@ -163,6 +168,18 @@ class GAN(nn.Module):
         if not bool(fake.isfinite().all()):
             return "its samples are not finite"
         return collapsed(fake, batch.x)
+
+    def _generated(self, batch: Batch) -> Tensor:
+        """Samples for training, as many as the batch has examples."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.lowered):
+            fake: Tensor = self.generator(*self._made(batch))
+        return fake.to(batch.x)
+
+    def _scores(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """What the critic gives in training."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.lowered):
+            scores: Tensor = self.critic(x, labels)
+        return scores
 
     def _made(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """What as many samples as the batch has examples are made of: latents and, of the same classes, labels."""

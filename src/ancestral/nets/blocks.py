@@ -200,13 +200,20 @@ class Attention(nn.Module):
         B, C, H, W = x_BCHW.shape
         rows = self.qkv(channel_norm(x_BCHW)).permute(0, 2, 3, 1).reshape(B, H * W, 3, self.heads, C // self.heads)
         q, k, v = rows.permute(2, 0, 3, 1, 4)
-        mixed = _attention(q, k, v).transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
+        mixed = attention(q, k, v).transpose(1, 2).reshape(B, H, W, C).permute(0, 3, 1, 2)
         out: Tensor = x_BCHW + self.out(mixed)
         return out
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v; between few pixels two products take a quarter of the fused kernel's time."""
-    if q.shape[2] > 256:
-        return F.scaled_dot_product_attention(q, k, v)
-    return ((q * q.shape[3] ** -0.5) @ k.transpose(2, 3)).softmax(3).to(v.dtype) @ v
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, of each query over all keys or over those up to its own.
+
+    Between few places two products take a quarter of the fused kernel's time in bfloat16, and as much in float32.
+    """
+    N = q.shape[2]
+    if N > 256:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+    if causal:
+        scores = scores.masked_fill(torch.ones(N, N, dtype=torch.bool, device=q.device).triu(1), -math.inf)
+    return scores.softmax(3).to(v.dtype) @ v

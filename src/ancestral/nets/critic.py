@@ -61,7 +61,8 @@ def resampled(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
         >>> resampled(torch.tensor([[[[0.0, 8.0, 0.0, 8.0]]]]), (1, 2))
         tensor([[[[3.4286, 4.5714]]]])
     """
-    return F.interpolate(x_BCHW, size, mode="bilinear", antialias=True)
+    wide = x_BCHW.to(torch.promote_types(x_BCHW.dtype, torch.float32))
+    return F.interpolate(wide, size, mode="bilinear", antialias=True).to(x_BCHW.dtype)
 
 
 def active(h: Tensor) -> Tensor:
@@ -95,11 +96,10 @@ class Score(nn.Module):
 
     def forward(self, h_BE: Tensor, labels: Tensor | None = None) -> Tensor:
         """(B, E), labels (B,) -> (B,)."""
-        score: Tensor = self.every(h_BE)[:, 0]
-        if self.label is None:
-            return score
-        e_BE: Tensor = self.label.weight.mean(0) if labels is None else self.label(labels)
-        return score + (e_BE * h_BE).sum(1)
+        w_BE = self.every.weight
+        if self.label is not None:
+            w_BE = w_BE + (self.label.weight.mean(0) if labels is None else self.label(labels))
+        return (w_BE * h_BE).sum(1) + self.every.bias  # in float32 whatever the features are: pairs of scores are close
 
 
 class Layers(nn.Module):

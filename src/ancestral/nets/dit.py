@@ -4,15 +4,19 @@ Shapes: B batch, C channels, H height, W width, N patches, E features, P side of
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ancestral.errors import OptionError
-from ancestral.nets.blocks import NoiseEmbedding, zeroed
+from ancestral.nets.blocks import NoiseEmbedding, attention, zeroed
 from ancestral.nets.levels import LevelPhases
 from ancestral.nets.precision import lowered
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""How an attention is computed of queries, keys and values."""
 
 
 class DiTBlock(nn.Module):
@@ -28,13 +32,13 @@ class DiTBlock(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
 
-    def forward(self, x_BNE: Tensor, embedding: Tensor) -> Tensor:
-        """(B, N, E), (B, features) -> (B, N, E)."""
+    def forward(self, x_BNE: Tensor, embedding: Tensor, attend: Attend = attention) -> Tensor:
+        """(B, N, E), (B, features), how queries, keys and values of (B, heads, N, E / heads) mix -> (B, N, E)."""
         B, N, E = x_BNE.shape
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)[:, None].chunk(6, 2)
         rows = self.qkv(modulated(x_BNE, shift_1, scale_1)).reshape(B, N, 3, self.heads, E // self.heads)
         q, k, v = rows.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, E)
+        mixed = attend(q, k, v).transpose(1, 2).reshape(B, N, E)
         x_BNE = torch.addcmul(x_BNE, gate_1, self.out(mixed))
         out: Tensor = torch.addcmul(x_BNE, gate_2, self.mlp(modulated(x_BNE, shift_2, scale_2)))
         return out

@@ -25,6 +25,10 @@ SPREAD = 7.0
 SMALLEST = 4
 """Pixels of the side at which an image is no longer halved."""
 
+LARGE = 16
+"""Pixels of the longer side above which the network takes 2x2 of them as one: the full side would take most of the
+time, and what it would add is little where values are independent given the latents."""
+
 Choose = Callable[[int, Tensor], Tensor]
 """(which group, the features so far) -> its latents."""
 
@@ -175,12 +179,12 @@ class ConvLadder(Ladder):
     """For images: halved to about 4x4 and back, with residual blocks at each side and no norm.
 
     A side is halved by averaging, rounding up, and brought back by repetition. The group at the top is a vector; those
-    below it, if any, are images.
+    below it, if any, are images. Of a `LARGE` image, the longest of these sides is half of its own.
 
     Args:
         shape: of one example, (C, H, W).
         per_value: P.
-        width: channels at the full side; twice as many at all others.
+        width: channels at the longest side; twice as many at all others.
         blocks: residual blocks at each side, each way.
         latents: at the top.
         rungs: groups of latents at each side, below the top.
@@ -206,14 +210,15 @@ class ConvLadder(Ladder):
     ) -> None:
         super().__init__()
         self.shape, self.per_value, self.classes, self.rungs = shape, per_value, classes, rungs
-        self.sides = [shape[1:]]
+        self.patch = 2 if max(shape[1:]) > LARGE else 1
+        self.sides = [tuple(-(-side // self.patch) for side in shape[1:])]
         while max(self.sides[-1]) > SMALLEST:
             self.sides.append(tuple(-(-side // 2) for side in self.sides[-1]))
         widths = [width, *[2 * width] * (len(self.sides) - 1)]
         top = (widths[-1], *self.sides[-1])
         self.groups = [(latents,), *((channels, *side) for side in reversed(self.sides) for _ in range(rungs))]
 
-        self.enter = _wide(shape[0], width)
+        self.enter = _wide(shape[0] * self.patch**2, width)
         self.up = nn.ModuleList(_stack(E, blocks) for E in widths)
         self.change = nn.ModuleList(_narrow(above, below) for above, below in pairwise(widths))
         self.label = _Label(classes, widths[-1]) if classes else None
@@ -225,11 +230,14 @@ class ConvLadder(Ladder):
         self.after = nn.ModuleList(_stack(E, 1) for E in down for _ in range(rungs))
         self.down = nn.ModuleList(_stack(E, blocks) for E in down)
         self.grow = nn.ModuleList(_narrow(above, below) for above, below in pairwise(down))
-        self.leave = zeroed(_wide(width, shape[0] * per_value))
+        self.leave = zeroed(_wide(width, per_value * shape[0] * self.patch**2))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def features(self, x: Tensor, labels: Tensor | None = None) -> list[Tensor]:
-        h, found = self.enter(x.contiguous(memory_format=torch.channels_last)), []
+        (height, across), (_, H, W) = self.sides[0], self.shape
+        x = F.pad(x, (0, across * self.patch - W, 0, height * self.patch - H))
+        h = F.pixel_unshuffle(x, self.patch)
+        h, found = self.enter(h.contiguous(memory_format=torch.channels_last)), []
         for side, up in enumerate(self.up):
             if side:
                 h = F.avg_pool2d(self.change[side - 1](h), 2, ceil_mode=True)
@@ -258,8 +266,8 @@ class ConvLadder(Ladder):
             for rung in range(level * self.rungs, (level + 1) * self.rungs):
                 h = self.after[rung](self.steps[rung](h, choose(rung + 1, h)))
             h = down(h)
-        out: Tensor = self.leave(F.silu(h))
-        return out.view(n, self.per_value, *self.shape)
+        out, (_, H, W) = F.pixel_shuffle(self.leave(F.silu(h)), self.patch), self.shape
+        return out[..., :H, :W].reshape(n, self.per_value, *self.shape)
 
 
 def _stack(width: int, blocks: int) -> nn.Module:

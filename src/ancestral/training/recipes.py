@@ -131,7 +131,7 @@ def vectors(facts: Facts) -> Setup:
 
 def vae(facts: Facts) -> Setup:
     """A variational autoencoder whose decoder is a likelihood: of levels, bits or real values."""
-    section = VAESection(ladder=0 if small(facts) else 1)
+    section = VAESection(ladder=0 if small(facts) else 2)
     if len(facts.shape) != 3:
         section = VAESection(latents=min(32, facts.dims), ladder=2, width=128, blocks=2)
     return Setup(recipe="vae", family="vae", vae=section, training=autoencoding(facts), **NO_DIFFUSION)
@@ -154,7 +154,7 @@ def autoencoding(facts: Facts) -> TrainingSection:
 
 
 def flow(facts: Facts) -> Setup:
-    """A normalizing flow: splines for vectors, couplings for images."""
+    """A normalizing flow: splines for vectors, and causal splines and couplings for images."""
     if not facts.is_image:
         section = FlowSection(transforms=2, width=64, depth=2, bins=32)
         training = TrainingSection(steps=4000, batch=512, rate=5e-3, weight_decay=0.3)
@@ -163,7 +163,7 @@ def flow(facts: Facts) -> Setup:
         training = TrainingSection(steps=1000, batch=64, rate=4e-3)
     else:
         section = FlowSection(dequantization="variational")
-        training = TrainingSection(minutes=10.0, batch=64)
+        training = TrainingSection(minutes=10.0, batch=64, rate=4e-3)
     return Setup(recipe="flow", family="flow", flow=section, training=training, **NO_DIFFUSION)
 
 
@@ -179,13 +179,18 @@ def continuous(facts: Facts) -> Setup:
 
 def gan(facts: Facts) -> Setup:
     """A generative adversarial network with the relativistic pairing loss and both gradient penalties."""
-    return Setup(recipe="gan", family="gan", gan=GANSection(), training=playing(facts), **NO_DIFFUSION)
+    return Setup(recipe="gan", family="gan", gan=players(facts), training=playing(facts), **NO_DIFFUSION)
 
 
 def classic(facts: Facts) -> Setup:
     """The non-saturating game without a penalty, to be seen beside it."""
-    section = GANSection(loss="classic")
+    section = players(facts).model_copy(update={"loss": "classic"})
     return Setup(recipe="classic-gan", family="gan", gan=section, training=playing(facts), **NO_DIFFUSION)
+
+
+def players(facts: Facts) -> GANSection:
+    """Narrow networks for large images, whose full side takes most of the time of a step."""
+    return GANSection(width=16 if facts.is_image and not small(facts) else None)
 
 
 def playing(facts: Facts) -> TrainingSection:

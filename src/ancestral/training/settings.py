@@ -99,6 +99,7 @@ class FlowSection(Section):
     heads: int = Field(4, ge=1)
     dequantization: str = "uniform"
     labels: bool = False
+    precision: str = "auto"
 
 
 class GANSection(Section):
@@ -112,6 +113,7 @@ class GANSection(Section):
     pac: int = Field(1, ge=1)
     augment: bool = False
     labels: bool = False
+    precision: str = "auto"
 
 
 class Setup(Section):

@@ -42,7 +42,7 @@ class VAE(nn.Module):
         latents: dimensions of z, or of its first group if there is a ladder.
         ladder: groups of latents below the first: of a vector in all, of an image at each side.
         channels: of each of those groups, in an image.
-        width: channels of the network at the full side of an image, or hidden features for a vector.
+        width: channels of the network at the longest side of an image, or hidden features for a vector.
         blocks: residual blocks at each side, or layers, each way.
         components: of the mixture of logistics.
         classes: whether the network is told the class.
