@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import final
@@ -32,8 +32,8 @@ DEQUANTIZATIONS = ("uniform", "variational")
 FEATURES = 16
 """Of the vector that stands for a class."""
 
-AT_ONCE = 1024
-"""Examples that go through the networks at once where no gradient is kept."""
+AT_ONCE = 2**17
+"""Numbers, of all examples, that go through the networks at once where no gradient is kept."""
 
 DEFAULTS = {
     "spline": {"transforms": 4, "width": 128, "depth": 2},
@@ -239,9 +239,12 @@ class Flow(nn.Module):
         if levels is None:
             nats = torch.cat([self.law(x[rows], context) for rows, context in self._parts(len(x), labels)])
             return Density((nats + self.facts.scale.log_det(self.facts.shape)).cpu(), "exact")
-        context = self._context(len(x), labels)
-        one_each = (Weights.of(self._log_weight(x, context, each)[:, None].cpu()) for _ in range(draws))
-        return reduce(Weights.joined, one_each).importance
+        found = []
+        for rows, context in self._parts(len(x), labels):
+            own = each[rows] if isinstance(each, Sequence) else each
+            one_each = (Weights.of(self._log_weight(x[rows], context, own)[:, None].cpu()) for _ in range(draws))
+            found.append(reduce(Weights.joined, one_each))
+        return reduce(Weights.beside, found).importance
 
     @torch.no_grad()
     def sample(self, n: int, *, rng: Seeds = 0, start: int = 0, labels: Tensor | None = None) -> Tensor:
@@ -293,8 +296,8 @@ class Flow(nn.Module):
 
     def _parts(self, n: int, labels: Tensor | None) -> list[tuple[slice, Tensor]]:
         """Rows of n examples that go through the networks at once, each with what says their classes."""
-        context = self._context(n, labels)
-        return [(slice(i, i + AT_ONCE), context[i : i + AT_ONCE]) for i in range(0, n, AT_ONCE)]
+        context, some = self._context(n, labels), max(1, AT_ONCE // self.facts.dims)
+        return [(slice(i, i + some), context[i : i + some]) for i in range(0, max(n, 1), some)]
 
     def _context(self, n: int, labels: Tensor | None) -> Tensor:
         if labels is None:
