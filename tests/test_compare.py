@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from ancestral.apps import comparing
 from ancestral.apps.cli import app
 from ancestral.apps.output import number
-from ancestral.measure.compare import Contest, Entrant, difference, over_seeds, rows
+from ancestral.measure.compare import Contest, Entrant, difference, exponential, logarithm, over_seeds, rows
 from ancestral.measure.metrics.intervals import around, of_share, student
 from ancestral.measure.record import Interval
 from ancestral.rng import stream
@@ -64,7 +64,7 @@ def test_an_interval_of_what_differs_by_factors_holds_its_geometric_mean_and_is_
     """Of seeds that differ by a factor of three in either direction."""
     rng, held = stream(seeds), []
     for _ in range(REPEATS):
-        found = over_seeds([around(math.exp(each), 0.1) for each in rng.normal(5, 1.1, seeds)], positive=True)
+        found = exponential(over_seeds([logarithm(around(math.exp(each), 0.1)) for each in rng.normal(5, 1.1, seeds)]))
         assert 0 < found.low < found.value < found.high
         held.append(found.low <= math.exp(5) <= found.high)
     assert abs(np.mean(held) - 0.95) < SLACK
@@ -99,6 +99,8 @@ def test_who_is_best_who_is_worse_and_who_cannot_be_told():
     words = {row.family: row.verdicts["energy"].word for row in (vae, flow, gan)}
     assert words == {"vae": "no difference", "flow": "best", "gan": "worse"}
     assert gan.verdicts["rate"].word == "best"  # more of it is better
+    assert vae.verdicts["rate"].word == "worse"
+    assert vae.verdicts["rate"].difference.value == pytest.approx(10 / 99)  # of rates, how many times
     assert (gan.runs, gan.failed, vae.failed) == (3, 1, 0)
 
 

@@ -34,8 +34,8 @@ BETTER = {"likelihood": "less", "rate": "more"} | {name: metric.better for name,
 BETTER |= {"gap": None}
 """Which way each number is better."""
 
-POSITIVE = frozenset({"rate"})
-"""What differs by factors, and whose means over seeds are geometric."""
+FACTORS = frozenset({"rate"})
+"""What differs by factors: its means over seeds are geometric, and a difference of two is their ratio."""
 
 SHARES = frozenset(name for name, metric in METRICS.items() if metric.share)
 
@@ -73,7 +73,9 @@ class Verdict(Record):
     """A family against the one that is best by a number: the difference, and whether it can be told from none."""
 
     best: str
-    difference: Interval | None = Field(None, description="this family's number minus that of the best")
+    difference: Interval | None = Field(
+        None, description="this family's number minus that of the best; of a rate, divided by it"
+    )
     word: Literal["best", "no difference", "worse"]
 
 
@@ -209,14 +211,14 @@ def rows(entrants: Sequence[Entrant]) -> list[Row]:
     ]
 
 
-def over_seeds(each: Sequence[Interval], *, share: bool = False, positive: bool = False) -> Interval:
+def over_seeds(each: Sequence[Interval], *, share: bool = False) -> Interval:
     """The mean of a number over seeds, with an interval for other seeds and other examples.
 
         reach^2 = (t_{K-1} s)^2 / K + z^2 mean_k stderr_k^2
 
     for s the deviation between K seeds. The second part is of the examples, which all seeds are measured on and no
     number of seeds makes smaller; samples of the model are in both, so the interval is somewhat wide. That of a share
-    is made of the same reach, by p (1 - p), so that it lies in [0, 1]; that of what is positive is of its logarithm.
+    is made of the same reach, by p (1 - p), so that it lies in [0, 1].
 
     Reference: Zou & Donner (2008) for the sum of squared reaches; Wilson (1927) for shares.
 
@@ -228,11 +230,6 @@ def over_seeds(each: Sequence[Interval], *, share: bool = False, positive: bool 
     K = len(each)
     if K == 1:
         return each[0]
-    if positive:
-        of_log = over_seeds([around(math.log(one.value), one.stderr / one.value) for one in each])
-        value = math.exp(of_log.value)
-        bounds = {"low": math.exp(of_log.low), "high": math.exp(of_log.high)}
-        return Interval(value=value, stderr=value * of_log.stderr, **bounds)
     values = [one.value for one in each]
     between, within = stdev(values) ** 2 / K, fmean(one.stderr**2 for one in each)
     mean, stderr, of_seeds = fmean(values), (between + within) ** 0.5, student(K - 1) ** 2 * between
@@ -258,10 +255,31 @@ def difference(a: Sequence[Interval], b: Sequence[Interval]) -> Interval:
 
 def _means(each: Sequence[dict[str, Interval]]) -> dict[str, Interval]:
     names = each[0] if each else ()
-    return {
-        name: over_seeds([numbers[name] for numbers in each], share=name in SHARES, positive=name in POSITIVE)
-        for name in names
-    }
+    return {name: _mean(name, [numbers[name] for numbers in each]) for name in names}
+
+
+def _mean(name: str, each: Sequence[Interval]) -> Interval:
+    """Of a number over seeds."""
+    if name in FACTORS:
+        return exponential(over_seeds([logarithm(one) for one in each]))
+    return over_seeds(each, share=name in SHARES)
+
+
+def logarithm(one: Interval) -> Interval:
+    """Of what is positive, by the delta method."""
+    return around(math.log(one.value), one.stderr / one.value)
+
+
+def exponential(one: Interval) -> Interval:
+    """What `logarithm` takes back: its interval reaches further up than down, and not to zero.
+
+    Example:
+        >>> one = exponential(around(0.0, 0.5))
+        >>> round(one.value, 2), round(one.low, 2), round(one.high, 2)
+        (1.0, 0.38, 2.66)
+    """
+    value = math.exp(one.value)
+    return Interval(value=value, stderr=value * one.stderr, low=math.exp(one.low), high=math.exp(one.high))
 
 
 def _between(each: Sequence[dict[str, Interval]]) -> dict[str, float]:
@@ -272,15 +290,21 @@ def _between(each: Sequence[dict[str, Interval]]) -> dict[str, float]:
 def _verdict(name: str, family: str, ended: dict[str, list[Entrant]]) -> Verdict | None:
     """How a family stands to the best by a number; None if it has none, or more of it is neither better nor worse."""
     sign = {"less": 1.0, "more": -1.0}.get(BETTER[name] or "")
-    found = {each: [run.numbers[name] for run in runs if name in run.numbers] for each, runs in ended.items()}
-    found = {each: numbers for each, numbers in found.items() if numbers}
+    found = {each: numbers for each, runs in ended.items() if (numbers := _to_compare(name, runs))}
     if sign is None or family not in found:
         return None
     best = min(found, key=lambda each: sign * fmean(one.value for one in found[each]))
     if best == family:
         return Verdict(best=best, word="best")
     apart = difference(found[family], found[best])
-    return Verdict(best=best, difference=apart, word="no difference" if apart.low <= 0 <= apart.high else "worse")
+    word: Literal["no difference", "worse"] = "no difference" if apart.low <= 0 <= apart.high else "worse"
+    return Verdict(best=best, difference=exponential(apart) if name in FACTORS else apart, word=word)
+
+
+def _to_compare(name: str, runs: Sequence[Entrant]) -> list[Interval]:
+    """A number of each run that has it; of what differs by factors, its logarithm."""
+    found = [run.numbers[name] for run in runs if name in run.numbers]
+    return [logarithm(one) for one in found] if name in FACTORS else found
 
 
 if __name__ == "__main__":
