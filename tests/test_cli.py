@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from ancestral.apps.cli import app
 from ancestral.data import draw
+from ancestral.flow.model import DRAWS
 from ancestral.measure.record import Evaluation
 from ancestral.training import recipes
 
@@ -310,10 +311,10 @@ def test_more_draws_of_a_flow_on_levels_bring_its_bound_down_and_are_recorded(tm
     """E[log mean_K(w)] rises with K: here by several standard errors of the noise."""
     assert ancestral("train", "digits", "--family", "flow", "--to", tmp_path / "flow", "--steps", 3).exit_code == 0
     found = []
-    for draws in (None, 100):
+    for draws in (1, 100, None):
         options = ("--n", 40, "--samples", 0, "--json", *(() if draws is None else ("--draws", draws)))
         record = json.loads(ancestral("evaluate", tmp_path / "flow", *options).stdout)
-        assert record["draws"] == (draws or 1)
+        assert record["draws"] == (draws or DRAWS)
         found.append(record["bits_per_dim"])
     assert found[0]["value"] - found[1]["value"] > 3 * found[0]["stderr_noise"]
 

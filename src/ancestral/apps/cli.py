@@ -268,7 +268,7 @@ def evaluate(
     ] = None,
     draws: Annotated[
         int | None,
-        typer.Option(min=1, help="Weights: 64 (vae), 1 (flow on levels)."),
+        typer.Option(min=1, help="Weights: 64 (vae), 8 (flow on levels)."),
     ] = None,
     compare: Annotated[
         Path | None, typer.Option(metavar="OTHER", help="Another run, measured on the same examples and noise.")

@@ -14,6 +14,7 @@ from ancestral.apps import figures, output
 from ancestral.data import Data, draw
 from ancestral.diffusion.model import STEPS, Diffusion
 from ancestral.errors import OptionError
+from ancestral.flow import model as flows
 from ancestral.flow.model import Flow
 from ancestral.gan.model import GAN
 from ancestral.measure import chain, flow
@@ -115,7 +116,7 @@ class Question:
         """How many importance weights of each example its bound is made of; None if it is not."""
         if isinstance(model, VAE):
             return self.draws or vae.DRAWS
-        return self.draws or 1 if isinstance(model, Flow) and model.facts.levels else None
+        return self.draws or flows.DRAWS if isinstance(model, Flow) and model.facts.levels else None
 
     def _of_its_family(self, model: Model, **more: Any) -> dict[str, Any]:
         """How its likelihood is measured, with what only a chain can be asked."""

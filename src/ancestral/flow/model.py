@@ -32,6 +32,9 @@ DEQUANTIZATIONS = ("uniform", "variational")
 FEATURES = 16
 """Of the vector that stands for a class."""
 
+DRAWS = 8
+"""Of the noise within a level, for each example, unless told otherwise."""
+
 AT_ONCE = 2**17
 """Numbers, of all examples, that go through the networks at once where no gradient is kept."""
 
@@ -218,16 +221,17 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def log_prob(
-        self, x: Tensor, *, draws: int = 1, labels: Tensor | None = None, rng: Seeds = 0, start: int = 0
+        self, x: Tensor, *, draws: int | None = None, labels: Tensor | None = None, rng: Seeds = 0, start: int = 0
     ) -> Density:
         """log p of examples start, start + 1, ... in the user's units, in nats; given their classes, if labels are.
 
         Of real values, the exact density. On levels, a lower bound on the probability: the logarithm of the mean weight
-        of so many draws, in the memory of one.
+        of so many draws, `DRAWS` by default, in the memory of one.
 
         Raises:
             OptionError: if there is nothing to draw, the labels are not known, or a value is not a number or a level.
         """
+        draws = (DRAWS if self.facts.levels else 1) if draws is None else draws
         if draws < 1 or (self.facts.levels is None and draws > 1):
             raise OptionError(
                 f"received {draws} draws: data on levels takes 1 or more, real-valued data has nothing to draw"
