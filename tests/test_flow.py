@@ -312,7 +312,7 @@ def test_a_bound_is_the_same_however_many_examples_go_through_at_once(monkeypatc
 def test_the_probability_of_a_bin_is_the_integral_of_the_density_over_it(dequantization, kind):
     """Mean weights are unbiased for the integral, tell their error, and add up to no more than one over all x."""
     flow, copies = discrete(dequantization, kind, stir=0.2 if kind == "spline" else 0.4), 400
-    coarse, P = (quadrature(flow, n).exp() for n in (160, 320))
+    coarse, P = (quadrature(flow, n).exp() for n in (80, 160))
     bound = flow.log_prob(ALL.repeat_interleave(copies, 0), draws=40)
     p, claimed = bound.nats.exp().reshape(9, copies), (bound.nats.exp() * bound.stderr).reshape(9, copies)
     stderr = p.std(1) / copies**0.5
