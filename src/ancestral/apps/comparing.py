@@ -37,9 +37,9 @@ SHOWN = 64
 """Samples of each family that are shown, from the seed 0."""
 
 DEFINITIONS = {
-    "likelihood": "negative log-likelihood of held-out examples, or a bound on it, by the family's own estimate",
-    "rate": "samples for each second, drawn 64 at a time",
-    "gap": "how much likelier training examples are than held-out ones: 0 in expectation where nothing was memorised",
+    "likelihood": "Of held-out examples: the negative log-likelihood, or a bound on it, by the family's own estimate.",
+    "rate": "Samples for each second, drawn 64 at a time; means over seeds are geometric.",
+    "gap": "How much likelier training examples are than held-out ones: 0 in expectation where nothing was memorised.",
 } | {name: metric.says for name, metric in METRICS.items()}
 
 Tell = Callable[..., None]

@@ -212,7 +212,7 @@ def _training(result: Contest) -> str:
     )
     return (
         _drawn(training(result), "Energy distance of a few samples of the checkpoints of every run, along it.")
-        + f"<p>{escape(title('energy', result))} of the last checkpoint, and of the one that is best in the "
+        + f"<p>The {escape(title('energy', result))} of the last checkpoint, and of the one that is best in the "
         "drawing, which is chosen by other held-out examples than it is measured on:</p>"
         + _table("Last and best checkpoint", [escape(row.family) for row in result.rows], rows)
     )
