@@ -163,7 +163,7 @@ def flow(facts: Facts) -> Setup:
         training = TrainingSection(steps=1000, batch=64, rate=4e-3)
     else:
         section = FlowSection(dequantization="variational")
-        training = TrainingSection(minutes=10.0, batch=64, rate=4e-3)
+        training = TrainingSection(minutes=10.0, batch=32, rate=4e-3)
     return Setup(recipe="flow", family="flow", flow=section, training=training, **NO_DIFFUSION)
 
 
