@@ -7,7 +7,8 @@
     ├── Tails    the identity near zero, a logarithm far from it
     ├── Ends     a logit between the ends of an interval, and straight lines beyond
     ├── Coupling half of the values moved and stretched as the other half says   (coupling.py)
-    └── Splines  monotone rational-quadratic splines                             (spline.py)
+    ├── Splines  monotone rational-quadratic splines of a vector                 (spline.py)
+    └── Causal   the same of the patches of an image, one after the other        (causal.py)
 
 Shapes: B batch, F features of the context.
 """

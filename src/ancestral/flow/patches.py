@@ -52,7 +52,7 @@ class PatchNet(nn.Module):
     def forward(
         self, x_BND: Tensor, context: Tensor, attends: Iterable[Attend] = repeat(attention), start: int = 0
     ) -> Tensor:
-        """Patches start, start + 1, ..., (B, n, D), and (B, features) -> (B, n, per_value D), per value one by one.
+        """Patches start, start + 1, ..., (B, n, D), and (B, features) -> (B, n, per_value D).
 
         `attends` says how each block mixes what it knows of the patches.
         """
