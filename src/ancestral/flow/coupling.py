@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from ancestral.flow.bijector import Bijector, summed
 from ancestral.flow.patches import PatchNet, Shape, image, split
-from ancestral.nets.dit import joined
 
 
 @final
@@ -89,10 +88,10 @@ def masks(shape: Shape, patch: int) -> Iterator[Tensor]:
             half = torch.zeros(dims, dtype=torch.bool)
             half[torch.randperm(dims)[: dims // 2]] = True
             for kept in (half, ~half):
-                yield joined(kept.expand(1, H * W // P**2, dims), H // P, W // P, P)[0].contiguous()
+                yield image(kept.expand(1, H * W // P**2, dims), shape, P)[0].contiguous()
         if patterns:
             kept = patterns[step % len(patterns)].reshape(1, -1, 1).expand(-1, -1, dims)
-            yield joined(kept, H // P, W // P, P)[0].contiguous()
+            yield image(kept, shape, P)[0].contiguous()
             step += 1
         elif dims == 1:
             yield torch.zeros(shape, dtype=torch.bool)  # a single value is moved by what it is told of

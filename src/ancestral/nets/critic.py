@@ -53,6 +53,8 @@ def sizes(height: int, width: int) -> list[tuple[int, int]]:
 def resampled(x_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """The image at another size, by bilinear interpolation over a window as wide as the coarser of the two pixels.
 
+    It is computed in float32 at least: torch has no such interpolation of bfloat16 on a CPU.
+
     Args:
         x_BCHW: shape (B, C, H, W).
         size: height and width of the result.
