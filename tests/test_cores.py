@@ -37,6 +37,16 @@ def test_results_come_in_order_from_as_many_processes_as_cores():
     assert len({process for _, process in results} - {os.getpid()}) == 3
 
 
+def test_arrays_arrive_whole_whether_there_was_room_for_them_or_not():
+    """Each has the number of its part in every place; the larger ones exceed what a process may put in memory."""
+    sizes = [cores.ROOM // 3 * (1 + k % 7) // 2 for k in range(40)]
+    pairs = cores.spread(lambda k: [np.full(sizes[k], value, np.uint8) for value in (k, 200 - k)], range(40))
+    for k, pair in enumerate(pairs):
+        for array, value in zip(pair, (k, 200 - k), strict=True):
+            assert len(array) == sizes[k]
+            assert (array == value).all()
+
+
 def test_images_are_the_same_however_many_cores_read_them(tmp_path, monkeypatch):
     several = [load(source).facts.digest for source in sets(tmp_path)]
     monkeypatch.setattr(cores, "usable_cores", lambda: 1)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ancestral.data import Facts, Scale, draw, load
-from ancestral.data.dataset import held_out_by_content
+from ancestral.data.dataset import digest_of, held_out_by_content
 from ancestral.errors import DataError, OptionError
 from ancestral.rng import randn, stream
 
@@ -155,6 +155,22 @@ class TestFacts:
         assert digests[0] == digests[1] != digests[2]
 
 
+class TestDigest:
+    @pytest.mark.parametrize("size", [50, 20_000])
+    def test_differs_wherever_the_data_differ(self, size):
+        """In any one value, in the order of examples, in their shape, their type and their labels."""
+        x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, size), dtype=np.uint8))
+        others = [x, x[[1, 0, 2]], x.reshape(3, 2, -1), x.int(), x[:2]]
+        for row, column in np.random.default_rng(1).integers(0, (3, size), (200, 2)):
+            others.append(x.clone())
+            others[-1][row, column] ^= 1
+        labels = torch.arange(3)
+        digests = [digest_of(other, x, labels) for other in others]
+        digests += [digest_of(x, x), digest_of(x, None, labels), digest_of(x, x, labels.flip(0))]
+        assert digest_of(x.clone(), x, labels) == digests[0]
+        assert len(set(digests)) == len({other.numpy().tobytes() for other in others[5:]}) + 8
+
+
 class TestBuiltIn:
     def test_digits_are_the_1797_and_their_split_never_moves(self):
         data = load("digits")
@@ -192,8 +208,9 @@ class TestBuiltIn:
 
 
 class TestSplit:
-    def test_by_content_whatever_the_order_and_the_copies(self):
-        x = np.random.default_rng(0).integers(0, 256, (2000, 9), dtype=np.uint8)
+    @pytest.mark.parametrize("size", [9, 20_000])
+    def test_by_content_whatever_the_order_and_the_copies(self, size):
+        x = np.random.default_rng(0).integers(0, 256, (2000, size), dtype=np.uint8)
         x = np.concatenate([x, x[:300]])
         held = held_out_by_content(x)
         order = np.random.default_rng(1).permutation(len(x))

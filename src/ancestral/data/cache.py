@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from ancestral.data.build import Build
 from ancestral.data.dataset import Examples, File, digest_of
 
-VERSION = 2  # of how pixels come about and are kept
+VERSION = 3  # of how pixels come about and are kept
 CHUNK = 2**20  # bytes that are written at a time
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -20,6 +21,7 @@ Fit = Literal["crop", "pad", "stretch"]
 Progress = Callable[[str, int, int], None]
 
 CHUNK = 2**18  # bytes that are moved at a time
+LARGE = 2**14  # bytes of an example above which its fingerprint stands for it where contents are hashed
 
 
 class File(NamedTuple):
@@ -246,16 +248,26 @@ def _chosen(files: tuple[File, ...] | None, where: NDArray[np.bool_]) -> tuple[F
 
 def content_key(example: NDArray[Any]) -> int:
     """The content of an example as 64 bits."""
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(example).data, digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(_condensed(example), digest_size=8).digest(), "big")
+
+
+def _condensed(example: NDArray[Any]) -> memoryview | bytes:
+    """The bytes of an example; of a large one a fingerprint, 128 bits of XXH3, made at the speed of memory."""
+    content = np.ascontiguousarray(example).data
+    return content if content.nbytes <= LARGE else xxhash.xxh3_128_digest(content)
 
 
 def digest_of(*tensors: Tensor | None) -> str:
-    """SHA-256 of both sides and their labels, as `Facts.digest` has it."""
+    """SHA-256 of both sides and their labels, as `Facts.digest` has it: of bytes, and of fingerprints of large ones."""
     digest = hashlib.sha256()
     for tensor in tensors:
         if tensor is None:
             digest.update(b"none;")
             continue
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.numpy().reshape(-1).view(np.uint8).data)
+        if tensor[:1].nbytes > LARGE:
+            for example in tensor.numpy():
+                digest.update(_condensed(example))
+        else:
+            digest.update(tensor.numpy().reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

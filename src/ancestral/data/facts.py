@@ -123,7 +123,8 @@ class Facts(BaseModel):
         n_train: examples to learn from.
         n_held_out: examples to measure on, never learnt from.
         skipped: files, or rows of a table, that could not be read.
-        digest: SHA-256 of the examples and labels on both sides of the split: equal digests, equal data.
+        digest: SHA-256 of the examples, or fingerprints of large ones, and the labels on both sides of the split:
+            equal digests, equal data.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
