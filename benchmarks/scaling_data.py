@@ -1,10 +1,17 @@
-"""Images per second and peak memory of reading data, against how many there are and how they are packed.
+"""Examples per second and peak memory of reading data, against how many there are and how they are packed.
 
     python benchmarks/scaling_data.py [--counts 1000,10000,100000,1000000] [--kinds folder,zip,tar,tar.gz,npy,csv,jpeg]
 
 The images are generated: noise of 32x32 RGB, as PNG where there are files; a table has 12 columns. Every point is read
-in a process of its own, after one reading that warms the page cache. JPEGs are read beside a bare loop of Pillow
-(decoding.py). Writes results/scaling_data.json.
+in processes of its own:
+
+    memory     without a cache, after one reading that warms the page cache
+    building   into a new cache, images alone
+    mapped     from that cache
+
+Memory is anonymous, that of processes that decode not included: what is mapped from a file is the system's, which
+takes it back when it needs it. Of `memory`, the examples themselves are taken off. JPEGs are read beside a bare loop of
+Pillow (decoding.py). Writes results/scaling_data.json.
 """
 
 import argparse
@@ -16,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
@@ -29,7 +37,9 @@ import numpy as np
 HERE = Path(__file__).parent
 REPORT = HERE / "results" / "scaling_data.json"
 SIDE, COLUMNS = 32, 12
-KINDS = ("folder", "zip", "tar", "tar.gz", "npy", "csv", "jpeg")
+IMAGES = ("folder", "zip", "tar", "tar.gz")
+KINDS = (*IMAGES, "npy", "csv", "jpeg")
+LOOK = 0.02  # seconds between looks at the memory
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -84,24 +94,46 @@ def measure(path: Path) -> dict[str, Any]:
     """Seconds and MiB of one reading, of this process."""
     from ancestral.data import load
 
-    def held(kind: str) -> float:
-        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    def held() -> float:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
         return int(line.split()[1]) / 1024
 
+    def watch() -> None:
+        while not done.wait(LOOK):
+            peaks.append(held())
+
     load("digits")
-    before = held("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    begun, busy = time.monotonic(), time.process_time()
+    before, peaks, done = held(), [0.0], threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    begun, work = time.monotonic(), os.times()
     data = load(path)
-    seconds, cpu = time.monotonic() - begun, time.process_time() - busy
-    own = sum(x.numel() * x.element_size() for x in (data.train, data.held_out))
+    seconds, worked = time.monotonic() - begun, os.times()
+    done.set()
+    watcher.join()
+    own = 0 if data.mapped else sum(x.numel() * x.element_size() for x in (data.train, data.held_out)) / 2**20
     return {
         "examples": data.facts.n_train + data.facts.n_held_out,
         "seconds": round(seconds, 2),
-        "cpu_seconds": round(cpu, 2),
-        "peak_mib": round(held("VmHWM") - before),
-        "data_mib": round(own / 2**20),
+        "cores_seconds": round(sum(worked[:4]) - sum(work[:4]), 2),
+        "peak_mib": round(max(peaks) - before - own),
+        "data_mib": round(own),
     }
+
+
+def readings(path: Path, kind: str) -> dict[str, Any]:
+    """What `measure` says of each way of reading."""
+    command = [sys.executable, __file__, "--measure", str(path)]
+    plain = {name: value for name, value in os.environ.items() if name != "ANCESTRAL_CACHE"}
+    with tempfile.TemporaryDirectory() as root:
+        cached = {**plain, "ANCESTRAL_CACHE": root}
+        ways = {"warm": plain, "memory": plain, **({"building": cached, "mapped": cached} if kind in IMAGES else {})}
+        made = {
+            way: json.loads(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout)
+            for way, env in ways.items()
+        }
+    del made["warm"]
+    return made
 
 
 def write(points: list[dict[str, Any]]) -> None:
@@ -115,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", default="1000,10000,100000,1000000")
     parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--pairs", type=int, default=5, help="of JPEGs and Pillow")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -126,21 +159,17 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as root:
                 if kind == "jpeg":
                     decoding.make(Path(root), count, SIDE)
-                    points.append({"kind": kind, **decoding.compare(Path(root), pairs=5)})
+                    points.append({"kind": kind, **decoding.compare(Path(root), arguments.pairs)})
                     print(f"{kind:<8}{json.dumps(points[-1])}", flush=True)
                     write(points)
                     continue
-                path = made(Path(root), kind, count)
-                command = [sys.executable, __file__, "--measure", str(path)]
-                runs = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
-            points.append({"kind": kind, "count": count, **json.loads(runs[-1])})
-            point = points[-1]
-            print(
-                f"{kind:<8}{count:>9,}  {point['seconds']:8.2f} s ({point['cpu_seconds']:.2f} of a core)  "
-                f"{count / point['cpu_seconds']:9,.0f} /s of a core  peak {point['peak_mib']:,} MiB for "
-                f"{point['data_mib']:,} MiB",
-                flush=True,
-            )
+                points.append({"kind": kind, "count": count, **readings(made(Path(root), kind, count), kind)})
+            for way, point in list(points[-1].items())[2:]:
+                print(
+                    f"{kind:<8}{count:>9,}  {way:<9}{point['seconds']:8.2f} s {count / point['seconds']:9,.0f} /s  "
+                    f"peak {point['peak_mib']:,} MiB beside {point['data_mib']:,} MiB of examples",
+                    flush=True,
+                )
             write(points)
 
 

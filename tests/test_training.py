@@ -300,10 +300,18 @@ class Slope(nn.Module):
         return self.slope * self.weight.sum()
 
 
-def test_the_pace_is_the_time_of_a_step():
+def test_the_pace_is_the_time_of_a_step(monkeypatch):
     """Never less than what a step waits for, and not several times as much."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     pace = loop.pace(Slope(1.0, wait=0.05), load("digits"), TrainingSection(), seed=0, seconds=0.5)
     assert 0.05 < pace < 0.15
+
+
+def test_the_pace_of_one_thread_is_that_of_its_work(monkeypatch):
+    """What it waits for, as for a core that others use, does not count."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    pace = loop.pace(Slope(1.0, wait=0.05), load("digits"), TrainingSection(), seed=0, seconds=0.05)
+    assert 0 < pace < 0.02
 
 
 def test_gradients_are_clipped_and_the_rate_follows_its_schedule(monkeypatch):

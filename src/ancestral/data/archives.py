@@ -58,7 +58,7 @@ def _read_zip(path: Path, reading: Reading) -> Examples:
         for member in members:
             name = _safe_name(reading, member.filename, link=stat.S_ISLNK(member.external_attr >> 16))
             if not member.is_dir() and is_wanted(name):
-                items.append(Item(name, partial(opened, member)))
+                items.append(Item(name, opened, member))
         return read_items(reading, items)
 
 
@@ -68,14 +68,15 @@ def _read_tar(path: Path, reading: Reading) -> Examples:
     limit = max(MODEST, MAX_RATIO * path.stat().st_size) if packed else MAX_DECLARED
     items, held = [], 0
     with gzip.open(path) if packed else path.open("rb") as file:
+        part = partial(_part, path)
         for member in _members(reading, file, limit):
             name = _safe_name(reading, member.name, link=member.issym() or member.islnk())
             if not member.isreg() or not is_wanted(name):
                 continue
             if member.issparse() or member.size > MAX_MEMBER:
-                items.append(Item(name, partial(_refuse, member.size)))
+                items.append(Item(name, _refuse, member.size))
             elif not packed:
-                items.append(Item(name, partial(_part, path, member.offset_data, member.size)))
+                items.append(Item(name, part, (member.offset_data, member.size)))
             else:
                 held += member.size
                 if held > MAX_HELD:
@@ -84,7 +85,7 @@ def _read_tar(path: Path, reading: Reading) -> Examples:
                     )
                 try:
                     file.seek(member.offset_data)
-                    items.append(Item(name, partial(BytesIO, file.read(member.size))))
+                    items.append(Item(name, BytesIO, file.read(member.size)))
                 except Exception as error:  # the packing is damaged
                     reading.reject(Bad(name, reason(error)))
     return read_items(reading, items)
@@ -126,7 +127,8 @@ class _Headers:
         return self.file.read(size)
 
 
-def _part(path: Path, offset: int, size: int) -> BinaryIO:
+def _part(path: Path, place: tuple[int, int]) -> BinaryIO:
+    offset, size = place
     with path.open("rb") as file:
         file.seek(offset)
         return BytesIO(file.read(size))

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import time
+from array import array
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +42,7 @@ class Build:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.target: tuple[int, int] | None = None
-        self.lines: list[Any] = []
+        self.channels, self.keys = array("B"), array("Q")
         self.waiting: list[Any] = []
         self.committed = 0.0
 
@@ -48,16 +50,13 @@ class Build:
         self._lock()
         self.pixels = (self.folder / "pixels").open("ab")
         self.journal = (self.folder / "files.jsonl").open("ab")
-        whole, end = [], 0
-        with suppress(ValueError):  # a line that was cut short
-            for line in (self.folder / "files.jsonl").read_bytes().splitlines(keepends=True):
-                whole.append(json.loads(line))
-                end += len(line)
-        if whole:
-            self.target, self.lines = (whole[0][0], whole[0][1]), whole[1:]
-        size = sum(map(self._size, self.lines))
-        if self.pixels.tell() < size:
-            self.target, self.lines, end, size = None, [], 0, 0
+        lines, end = self._lines()
+        size = 0
+        if lines:
+            width, height = self.target = (lines[0][0], lines[0][1])
+            size = width * height * sum(line[3] for line in lines[1:] if not isinstance(line, str))
+        if size > self.pixels.tell():
+            self.target, end, size = None, 0, 0
         self.journal.truncate(end)
         self.pixels.truncate(size)
         return self
@@ -91,23 +90,36 @@ class Build:
     def begin(self, capacity: int, width: int, height: int) -> list[Header | str]:
         """What came of each file so far; nothing, if that was of another size."""
         if self.target != (width, height):
-            self.target, self.lines, self.waiting = (width, height), [], [(width, height)]
+            self.target, self.waiting = (width, height), [(width, height)]
             self.journal.truncate(0)
             self.pixels.truncate(0)
         self._commit()
-        return [line if isinstance(line, str) else Header(*line[:3]) for line in self.lines]
+        lines = self._lines()[0][1:]
+        there = [line for line in lines if not isinstance(line, str)]
+        self.channels, self.keys = array("B", (line[3] for line in there)), array("Q", (line[4] for line in there))
+        return [line if isinstance(line, str) else Header(*line[:3]) for line in lines]
 
     def add(self, entry: Entry | str) -> None:
         """Take the next image, or why a file cannot be read."""
-        line: Any = entry
-        if not isinstance(entry, str):
+        if isinstance(entry, str):
+            self.waiting.append(entry)
+        else:
             header, key, image = entry
-            line = [*header, len(image), key]
+            self.waiting.append([*header, len(image), key])
+            self.channels.append(len(image))
+            self.keys.append(key)
             self.pixels.write(image.data)
-        self.lines.append(line)
-        self.waiting.append(line)
         if time.monotonic() - self.committed >= EVERY:
             self._commit()
+
+    def _lines(self) -> tuple[list[Any], int]:
+        """The lines of the journal, those that are whole, and how many bytes they take."""
+        lines, end = [], 0
+        with suppress(ValueError):  # one that was cut short
+            for line in (self.folder / "files.jsonl").read_bytes().splitlines(keepends=True):
+                lines.append(json.loads(line))
+                end += len(line)
+        return lines, end
 
     def _commit(self) -> None:
         """Make durable what was taken: a line is written when the pixels that it speaks of are."""
@@ -117,29 +129,22 @@ class Build:
         self.journal.flush()
         self.waiting, self.committed = [], time.monotonic()
 
-    def finished(self) -> tuple[NDArray[np.uint8], list[int]]:
+    def finished(self) -> tuple[NDArray[np.uint8], Sequence[int]]:
         """All images, shape (N, C, H, W), mapped into memory, and the 64 bits of the content of each."""
         self._commit()
-        there = [line for line in self.lines if not isinstance(line, str)]
-        keys, channels = [line[4] for line in there], [line[3] for line in there]
         (width, height), path = self.target or (1, 1), self.folder / "pixels"
-        if len(set(channels)) > 1:  # grey ones among others
-            path = self._widened(channels, keys, width * height)
+        if len(set(self.channels)) > 1:  # grey ones among others
+            path = self._widened(width * height)
         x = np.memmap(path, dtype=np.uint8, mode="r")
-        return x.reshape(len(there), max(channels), height, width), keys
+        return x.reshape(len(self.keys), max(self.channels), height, width), self.keys
 
-    def _widened(self, channels: list[int], keys: list[int], size: int) -> Path:
+    def _widened(self, size: int) -> Path:
         """A file of the images with three channels each; the keys change with them."""
         with (self.folder / "pixels").open("rb") as narrow, (self.folder / "wide").open("wb") as wide:
-            for k, n in enumerate(channels):
+            for k, n in enumerate(self.channels):
                 image = narrow.read(n * size)
                 if n == 1:
                     image *= 3
-                    keys[k] = content_key(np.frombuffer(image, dtype=np.uint8))
+                    self.keys[k] = content_key(np.frombuffer(image, dtype=np.uint8))
                 wide.write(image)
         return self.folder / "wide"
-
-    def _size(self, line: Any) -> int:
-        if self.target is None or isinstance(line, str):
-            return 0
-        return int(line[3]) * self.target[0] * self.target[1]

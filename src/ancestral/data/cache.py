@@ -16,7 +16,6 @@ import mmap
 import os
 import shutil
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,12 +35,20 @@ def digest(file: BinaryIO) -> str:
     return hashlib.sha256(file.read()).hexdigest()
 
 
-def key_of(files: Iterable[tuple[str, str]], how: object) -> str:
-    """The key of files, given as name and digest, that are read in this way."""
-    whole = hashlib.sha256(json.dumps([VERSION, how]).encode())
-    for name, own in sorted(files):
-        whole.update(f"{len(name)}:{name}{own}".encode("utf-8", "surrogateescape"))
-    return whole.hexdigest()[:32]
+class Key:
+    """The key of files: they are added by name and digest, in the order of their names."""
+
+    def __init__(self) -> None:
+        self.whole = hashlib.sha256()
+
+    def add(self, name: str, digest: str) -> None:
+        """One more."""
+        self.whole.update(f"{len(name)}:{name}{digest}".encode("utf-8", "surrogateescape"))
+
+    def read_as(self, how: object) -> str:
+        """The key of all that were added, read in this way."""
+        self.whole.update(json.dumps([VERSION, how]).encode())
+        return self.whole.hexdigest()[:32]
 
 
 def find(root: Path, key: str) -> Examples | None:
@@ -71,7 +78,7 @@ def _opened(folder: Path) -> Examples:
         labels=labels,
         classes=None if record["classes"] is None else tuple(record["classes"]),
         held_out=np.arange(len(x)) >= n_train,
-        files=tuple(File(*file) for file in record["files"]),
+        files=tuple(map(File, *record["files"])),
         bad=tuple(record["bad"]),
         notes=tuple(record["notes"]),
         digest=digest_of(*parts),
@@ -110,7 +117,7 @@ def keep(root: Path, key: str, build: Build, examples: Examples) -> Examples:
         "labels": None if examples.labels is None else examples.labels[order].tolist(),
         "classes": examples.classes,
         "n_train": int((~examples.held_out).sum()),
-        "files": [(examples.files or ())[k] for k in order],
+        "files": list(zip(*((examples.files or ())[k] for k in order), strict=True)),
         "bad": examples.bad,
         "notes": examples.notes,
     }

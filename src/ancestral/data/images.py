@@ -11,7 +11,7 @@ from functools import partial
 from io import FileIO
 from pathlib import Path
 from statistics import median
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,13 +56,15 @@ class Item(NamedTuple):
 
     Attributes:
         name: path below the root, with "/".
-        open: how to read its bytes.
+        open: how to read its bytes, of `where` they are.
+        where: what `open` needs to know; the items of a source share all else.
         held_out: its side of the source's own split, None without one.
         label: its class, where metadata names one.
     """
 
     name: str
-    open: Callable[[], BinaryIO]
+    open: Callable[[Any], BinaryIO]
+    where: Any
     held_out: bool | None = None
     label: str | None = None
 
@@ -140,16 +142,21 @@ def read_folder(root: Path, reading: Reading) -> Examples:
     Raises:
         DataError: if nothing can be read, or if something cannot and `on_bad` is "fail".
     """
-    items = []
+    items, opened = [], partial(_below, str(root))
     for found in _walk(root, "", set(), root.resolve()):
         if isinstance(found, Bad):
             reading.reject(found)
         else:
-            items.append(found)
+            items.append(Item(found, opened, found))
     return read_items(reading, items)
 
 
-def _walk(folder: Path, prefix: str, seen: set[Path], root: Path) -> Iterator[Item | Bad]:
+def _below(root: str, name: str) -> BinaryIO:
+    return FileIO(f"{root}/{name}")
+
+
+def _walk(folder: Path, prefix: str, seen: set[Path], root: Path) -> Iterator[str | Bad]:
+    """The names of the files below a folder that are wanted."""
     real = folder.resolve()
     if real in seen:  # a link to a folder above
         return
@@ -176,7 +183,7 @@ def _walk(folder: Path, prefix: str, seen: set[Path], root: Path) -> Iterator[It
             if found.st_size > MAX_FILE:
                 yield Bad(name, f"{found.st_size:,} bytes, at most {MAX_FILE:,} are read")
             else:
-                yield Item(name, partial(FileIO, entry.path))
+                yield name
 
 
 def is_wanted(name: str) -> bool:
@@ -206,16 +213,16 @@ def read_items(reading: Reading, items: list[Item]) -> Examples:
     """
     if reading.cache is None:
         return _decoded(reading, items, Stack(reading.where))
-    digests: dict[str, str] = {}
-    readable = []
+    items.sort(key=lambda item: item.name)
+    readable, key_of = [], cache.Key()
     for item, found in reading.over(items, cache.digest, "comparing"):
         if isinstance(found, Bad):
             reading.reject(found)
         else:
             readable.append(item)
-            digests[item.name] = found
+            key_of.add(item.name, found)
     rejected = len(reading.bad)
-    key = cache.key_of(digests.items(), [reading.size, reading.fit, list(map(str, reading.bad))])
+    key = key_of.read_as([reading.size, reading.fit, list(map(str, reading.bad))])
     kept = cache.find(reading.cache, key)
     try:
         if kept is None:
@@ -265,7 +272,7 @@ def _decoded(reading: Reading, items: list[Item], stack: Stack | Build) -> Examp
     )
 
 
-def _held_out(reading: Reading, items: list[Item], keys: list[int]) -> NDArray[np.bool_]:
+def _held_out(reading: Reading, items: list[Item], keys: Sequence[int]) -> NDArray[np.bool_]:
     if items[0].held_out is not None:
         return np.array([item.held_out for item in items])
     try:
@@ -410,7 +417,7 @@ def _attempt(work: Callable[[BinaryIO], T], items: Sequence[Item]) -> list[T | B
     tried: list[T | Bad] = []
     for item in items:
         try:
-            with item.open() as file:
+            with item.open(item.where) as file:
                 tried.append(work(file))
         except MemoryError:
             raise

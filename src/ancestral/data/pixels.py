@@ -1,5 +1,7 @@
 """One image file: its size from the header, its pixels as 8-bit grey or RGB."""
 
+from array import array
+from collections.abc import Sequence
 from io import BytesIO
 from typing import BinaryIO, NamedTuple
 
@@ -115,7 +117,7 @@ class Stack:
                 "hold them, from where they are mapped into memory, or ask for a smaller size"
             )
         self.room: NDArray[np.uint8] = np.empty((capacity, 0, height, width), dtype=np.uint8)
-        self.keys: list[int] = []
+        self.keys = array("Q")
         return []
 
     def add(self, entry: Entry | str) -> None:
@@ -128,12 +130,12 @@ class Stack:
             wider = np.empty((len(self.room), *image.shape), dtype=np.uint8)
             if count:
                 wider[:count] = self.room[:count]
-                self.keys = [content_key(grey) for grey in wider[:count]]
+                self.keys = array("Q", map(content_key, wider[:count]))
             self.room = wider
         self.room[count] = image
         self.keys.append(key if len(image) >= channels else content_key(self.room[count]))
 
-    def finished(self) -> tuple[NDArray[np.uint8], list[int]]:
+    def finished(self) -> tuple[NDArray[np.uint8], Sequence[int]]:
         """All images, shape (N, C, H, W), and the 64 bits of the content of each."""
         return self.room[: len(self.keys)], self.keys
 

@@ -23,7 +23,6 @@ from ancestral.data.dataset import Examples, printable
 from ancestral.data.images import Item, Reading, read_items
 from ancestral.errors import DataError
 
-MAX_HELD = 2**31  # bytes of encoded images
 ROWS = 256  # of a batch that is read at a time
 SIDES = {"train": "train", "test": "test", "validation": "val", "valid": "val", "val": "val"}
 
@@ -132,7 +131,7 @@ def _read(sides: dict[str, list[Any]], reading: Reading) -> Examples:
         kind = field.type
         encoded = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
         if encoded or types.is_binary(kind) or types.is_large_binary(kind):
-            items = arrays.guarded(reading.where, partial(_items, reading, found, field.name, label), "images")
+            items = arrays.guarded(reading.where, partial(_items, found, field.name, label), "images")
             return read_items(reading, items)
     for field in schema:
         if types.is_list(field.type) or types.is_fixed_size_list(field.type) or types.is_large_list(field.type):
@@ -168,21 +167,22 @@ def _batches(source: Any) -> Batches:
             yield from ipc.open_stream(mapped)
 
 
-def _items(reading: Reading, found: list[tuple[str, Any]], column: str, label: Any) -> list[Item]:
-    """The encoded images of a column, as files of as many folders as there are sides."""
+def _items(found: list[tuple[str, Any]], column: str, label: Any) -> list[Item]:
+    """The encoded images of a column, as files of as many folders as there are sides; each is taken out when read."""
     items: list[Item] = []
-    held, names = 0, _names(found[0][1].schema, label)
+    names = _names(found[0][1].schema, label)
     for side, batch in found:
-        words = _words(batch, label, names)
-        for value, word in zip(batch.column(column).to_pylist(), words, strict=True):
-            content = (value.get("bytes") if isinstance(value, dict) else value) or b""
-            held += len(content)
-            if held > MAX_HELD:
-                raise DataError(
-                    f"{reading.where}: more than {MAX_HELD:,} bytes of images: save them as a folder of images"
-                )
-            items.append(Item(f"{side}/row-{len(items):09}.png".lstrip("/"), partial(BytesIO, content), label=word))
+        values = batch.column(column)
+        if values.type.num_fields:  # a struct, with a path beside the bytes
+            values = values.flatten()[values.type.get_field_index("bytes")]
+        opened = partial(_encoded, values)
+        for k, word in enumerate(_words(batch, label, names)):
+            items.append(Item(f"{side}/row-{len(items):09}.png".lstrip("/"), opened, k, label=word))
     return items
+
+
+def _encoded(values: Any, k: int) -> BytesIO:
+    return BytesIO(values[k].as_py() or b"")
 
 
 def _lists(where: str, found: list[tuple[str, Any]], column: str, label: Any) -> Examples:
