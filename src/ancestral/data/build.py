@@ -2,7 +2,8 @@
 
 FOLDER/
   pixels           the images so far, one behind the other
-  files.jsonl      the size they are brought to, then a line for each file: what was decoded, or why it cannot be read
+  files.jsonl      the size they are brought to, then for each file what was decoded, or why it cannot be read; a line
+                   is a list of what was made durable together
 """
 
 import json
@@ -21,9 +22,10 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from ancestral.data.dataset import content_key
-from ancestral.data.pixels import Entry, Header
+from ancestral.data.pixels import Entry, Header, coloured
 
 EVERY = 1.0  # seconds of work that a kill may cost
+BUFFER = 2**20  # bytes that are written at a time
 
 
 class Build:
@@ -42,19 +44,19 @@ class Build:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.target: tuple[int, int] | None = None
-        self.channels, self.keys = array("B"), array("Q")
+        self.channels, self.keys, self.colour = array("B"), array("Q"), False
         self.waiting: list[Any] = []
         self.committed = 0.0
 
     def __enter__(self) -> Self:
         self._lock()
-        self.pixels = (self.folder / "pixels").open("ab")
+        self.pixels = (self.folder / "pixels").open("ab", buffering=BUFFER)
         self.journal = (self.folder / "files.jsonl").open("ab")
-        lines, end = self._lines()
+        done, end = self._journal()
         size = 0
-        if lines:
-            width, height = self.target = (lines[0][0], lines[0][1])
-            size = width * height * sum(line[3] for line in lines[1:] if not isinstance(line, str))
+        if done:
+            width, height = self.target = (done[0][0], done[0][1])
+            size = width * height * sum(found[3] for found in done[1:] if not isinstance(found, str))
         if size > self.pixels.tell():
             self.target, end, size = None, 0, 0
         self.journal.truncate(end)
@@ -94,17 +96,19 @@ class Build:
             self.journal.truncate(0)
             self.pixels.truncate(0)
         self._commit()
-        lines = self._lines()[0][1:]
-        there = [line for line in lines if not isinstance(line, str)]
-        self.channels, self.keys = array("B", (line[3] for line in there)), array("Q", (line[4] for line in there))
-        return [line if isinstance(line, str) else Header(*line[:3]) for line in lines]
+        done = self._journal()[0][1:]
+        there = [found for found in done if not isinstance(found, str)]
+        self.channels, self.keys = array("B", (found[3] for found in there)), array("Q", (found[4] for found in there))
+        self.colour = 3 in self.channels
+        return [found if isinstance(found, str) else Header(*found[:3]) for found in done]
 
     def add(self, entry: Entry | str) -> None:
         """Take the next image, or why a file cannot be read."""
         if isinstance(entry, str):
             self.waiting.append(entry)
         else:
-            header, key, image = entry
+            header, key, image = coloured(entry) if self.colour else entry
+            self.colour = len(image) == 3
             self.waiting.append([*header, len(image), key])
             self.channels.append(len(image))
             self.keys.append(key)
@@ -112,28 +116,29 @@ class Build:
         if time.monotonic() - self.committed >= EVERY:
             self._commit()
 
-    def _lines(self) -> tuple[list[Any], int]:
-        """The lines of the journal, those that are whole, and how many bytes they take."""
-        lines, end = [], 0
+    def _journal(self) -> tuple[list[Any], int]:
+        """What is in the journal, of lines that are whole, and how many bytes those take."""
+        done, end = [], 0
         with suppress(ValueError):  # one that was cut short
             for line in (self.folder / "files.jsonl").read_bytes().splitlines(keepends=True):
-                lines.append(json.loads(line))
+                done += json.loads(line)
                 end += len(line)
-        return lines, end
+        return done, end
 
     def _commit(self) -> None:
         """Make durable what was taken: a line is written when the pixels that it speaks of are."""
         self.pixels.flush()
         os.fsync(self.pixels.fileno())
-        self.journal.write(b"".join(json.dumps(line).encode() + b"\n" for line in self.waiting))
-        self.journal.flush()
+        if self.waiting:
+            self.journal.write(json.dumps(self.waiting).encode() + b"\n")
+            self.journal.flush()
         self.waiting, self.committed = [], time.monotonic()
 
     def finished(self) -> tuple[NDArray[np.uint8], Sequence[int]]:
         """All images, shape (N, C, H, W), mapped into memory, and the 64 bits of the content of each."""
         self._commit()
         (width, height), path = self.target or (1, 1), self.folder / "pixels"
-        if len(set(self.channels)) > 1:  # grey ones among others
+        if len(set(self.channels)) > 1:  # grey ones before the first in colour
             path = self._widened(width * height)
         x = np.memmap(path, dtype=np.uint8, mode="r")
         return x.reshape(len(self.keys), max(self.channels), height, width), self.keys
@@ -145,6 +150,6 @@ class Build:
                 image = narrow.read(n * size)
                 if n == 1:
                     image *= 3
-                    self.keys[k] = content_key(np.frombuffer(image, dtype=np.uint8))
+                    self.keys[k] = self.keys[k] and content_key(np.frombuffer(image, dtype=np.uint8))
                 wide.write(image)
         return self.folder / "wide"

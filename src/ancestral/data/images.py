@@ -2,7 +2,6 @@
 
 import math
 import os
-import stat
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -152,7 +151,12 @@ def read_folder(root: Path, reading: Reading) -> Examples:
 
 
 def _below(root: str, name: str) -> BinaryIO:
-    return FileIO(f"{root}/{name}")
+    file = FileIO(f"{root}/{name}")
+    size = os.fstat(file.fileno()).st_size
+    if size > MAX_FILE:
+        file.close()
+        raise ValueError(f"{size:,} bytes, at most {MAX_FILE:,} are read")
+    return file
 
 
 def _walk(folder: Path, prefix: str, seen: set[Path], root: Path) -> Iterator[str | Bad]:
@@ -171,26 +175,28 @@ def _walk(folder: Path, prefix: str, seen: set[Path], root: Path) -> Iterator[st
             continue
         name = prefix + entry.name
         try:
-            found = entry.stat()
+            if entry.is_symlink():
+                entry.stat()  # fails where it leads nowhere
+            is_folder, is_file = entry.is_dir(), entry.is_file()
         except OSError as error:
             yield Bad(name, reason(error))
             continue
         if entry.is_symlink() and not Path(entry).resolve().is_relative_to(root):
             yield Bad(name, "a link that leads out of the folder")
-        elif stat.S_ISDIR(found.st_mode):
+        elif is_folder:
             yield from _walk(Path(entry), f"{name}/", seen, root)
-        elif stat.S_ISREG(found.st_mode) and is_wanted(entry.name):  # opening a FIFO would wait for ever
-            if found.st_size > MAX_FILE:
-                yield Bad(name, f"{found.st_size:,} bytes, at most {MAX_FILE:,} are read")
-            else:
-                yield name
+        elif is_file and _is_known(entry.name):  # opening a FIFO would wait for ever
+            yield name
 
 
 def is_wanted(name: str) -> bool:
     """Whether a file of this name, a path with "/", is an image or metadata of images by its name."""
     parts = name.split("/")
-    known = os.path.splitext(parts[-1])[1].lower() in SUFFIXES or parts[-1] in metadata.NAMES  # noqa: PTH122
-    return known and not any(map(_passed_over, parts))
+    return _is_known(parts[-1]) and not any(map(_passed_over, parts))
+
+
+def _is_known(name: str) -> bool:
+    return name[name.rfind(".") :].lower() in SUFFIXES or name in metadata.NAMES
 
 
 def reason(error: Exception) -> str:
@@ -377,13 +383,17 @@ def _own_split(items: list[Item]) -> tuple[list[Item], list[str]]:
     Held out is what lies in a folder named test, or, where there is none, val (valid, validation). To learn from is
     what lies in a folder named train, or, where there is none, everything else. The outermost such folder counts.
     """
-    sides = [next((SIDES[part.lower()] for part in _folders(item) if part.lower() in SIDES), "") for item in items]
+    side_of = {
+        folder: next((SIDES[part.lower()] for part in folder.split("/") if part.lower() in SIDES), "")
+        for folder in set(map(_folder, items))
+    }
+    sides = [side_of[_folder(item)] for item in items]
     held = "test" if "test" in sides else "val"
     train = "train" if "train" in sides else ""
     if held not in sides or train not in sides:
         return items, []
     kept = [
-        item._replace(held_out=own == held)
+        Item(item.name, item.open, item.where, own == held, item.label)
         for own in (train, held)  # as the division wants them, which then has nothing to move
         for item, side in zip(items, sides, strict=True)
         if side == own
@@ -398,19 +408,22 @@ def _classes(items: list[Item]) -> tuple[tuple[str, ...] | None, NDArray[np.int6
     if items[0].label is not None:
         return numbered([str(item.label) for item in items])
     split = items[0].held_out is not None
-    folders = [tuple(part for part in _folders(item) if not (split and part.lower() in SIDES)) for item in items]
-    if not all(folders) or not {parts[:-1] for parts in folders}.isdisjoint(folders):
+    parts_of = {
+        folder: tuple(part for part in folder.split("/") if part and not (split and part.lower() in SIDES))
+        for folder in set(map(_folder, items))
+    }
+    own = set(parts_of.values())
+    if () in own or not {parts[:-1] for parts in own}.isdisjoint(own):
         return None, None
-    names = [parts[-1] for parts in folders]
-    classes = sorted(set(names))
+    classes = sorted({parts[-1] for parts in own})
     if len(classes) < 2:
         return None, None
     index = {name: label for label, name in enumerate(classes)}
-    return tuple(map(printable, classes)), np.array([index[name] for name in names])
+    return tuple(map(printable, classes)), np.array([index[parts_of[_folder(item)][-1]] for item in items])
 
 
-def _folders(item: Item) -> list[str]:
-    return item.name.split("/")[:-1]
+def _folder(item: Item) -> str:
+    return item.name.rpartition("/")[0]
 
 
 def _attempt(work: Callable[[BinaryIO], T], items: Sequence[Item]) -> list[T | Bad]:

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from io import BytesIO
 from typing import BinaryIO, NamedTuple
 
@@ -36,6 +37,9 @@ class Header(NamedTuple):
     mode: str
 
 
+_header_of = lru_cache(Header)  # most images of a set have the same, which is then kept and sent once
+
+
 def measure(file: BinaryIO) -> Header:
     """The header alone."""
     return _header(_opened(file))
@@ -67,7 +71,7 @@ def _plain_jpeg(content: bytes, width: int, height: int) -> tuple[Header, NDArra
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, "GRAY" if grey else "RGB")
     except ValueError:  # Pillow says what is wrong, or bears with it
         return None
-    return Header(width, height, "L" if grey else "RGB"), pixels
+    return _header_of(width, height, "L" if grey else "RGB"), pixels
 
 
 def _any(content: bytes, width: int, height: int, fit: Fit) -> tuple[Header, NDArray[np.uint8]]:
@@ -88,6 +92,15 @@ def _any(content: bytes, width: int, height: int, fit: Fit) -> tuple[Header, NDA
 
 Entry = tuple[Header, int, NDArray[np.uint8]]
 """An image that was decoded: its header, the 64 bits of its content (0 where nobody needs them), its pixels."""
+
+
+def coloured(entry: Entry) -> Entry:
+    """The same in three channels, which of a grey image are equal."""
+    header, key, image = entry
+    if len(image) == 3:
+        return entry
+    image = np.repeat(image, 3, axis=0)
+    return header, key and content_key(image), image
 
 
 class Stack:
@@ -124,16 +137,18 @@ class Stack:
         """Take the next image; nothing of one that cannot be read, and why."""
         if isinstance(entry, str):
             return
-        _, key, image = entry
         count, channels = len(self.keys), self.room.shape[1]
+        _, key, image = coloured(entry) if channels == 3 else entry
         if len(image) > channels:
             wider = np.empty((len(self.room), *image.shape), dtype=np.uint8)
             if count:
                 wider[:count] = self.room[:count]
-                self.keys = array("Q", map(content_key, wider[:count]))
+                self.keys = array(
+                    "Q", (key and content_key(grey) for key, grey in zip(self.keys, wider[:count], strict=True))
+                )
             self.room = wider
         self.room[count] = image
-        self.keys.append(key if len(image) >= channels else content_key(self.room[count]))
+        self.keys.append(key)
 
     def finished(self) -> tuple[NDArray[np.uint8], Sequence[int]]:
         """All images, shape (N, C, H, W), and the 64 bits of the content of each."""
@@ -149,7 +164,7 @@ def _opened(file: BinaryIO) -> Image.Image:
 
 def _header(image: Image.Image) -> Header:
     width, height = image.size if _orientation(image) < 5 else image.size[::-1]
-    return Header(width, height, image.mode)
+    return _header_of(width, height, image.mode)
 
 
 def _orientation(image: Image.Image) -> int:
