@@ -4,7 +4,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from io import FileIO
@@ -114,12 +114,21 @@ class Reading:
         )
 
     def over(
-        self, items: Sequence[Item], work: Callable[[BinaryIO], T], stage: str, chunk: int = CHUNK, before: int = 0
+        self,
+        items: Sequence[Item],
+        work: Callable[[BinaryIO], T],
+        stage: str,
+        chunk: int = CHUNK,
+        before: int = 0,
+        packed: Callable[[list[T | Bad]], Iterable[T | Bad]] = list,
     ) -> Iterator[tuple[Item, T | Bad]]:
-        """Each item with what `work` makes of its bytes, or why it cannot; so many were done before."""
+        """Each item with what `work` makes of its bytes, or why it cannot; so many were done before.
+
+        What came of a chunk travels from one process to another as `packed` has it.
+        """
         done, of, told = before, before + len(items), -math.inf
         chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
-        made = cores.spread(partial(_attempt, work), chunks)
+        made = cores.spread(lambda own: packed(_attempt(work, own)), chunks)
         for own in chunks:
             try:
                 results = next(made)
@@ -361,7 +370,7 @@ def _decode_at(
     split = bool(items) and items[0].held_out is not None
     work = partial(_entry, width=width, height=height, fit=reading.fit, keyed=not split)
     chunk = max(1, min(CHUNK, 2**20 // (3 * width * height)))
-    for item, found in reading.over(items[len(done) :], work, "decoding", chunk, len(done)):
+    for item, found in reading.over(items[len(done) :], work, "decoding", chunk, len(done), Packed):
         if isinstance(found, Bad):
             stack.add(found.reason)
             reading.reject(found)
@@ -370,6 +379,26 @@ def _decode_at(
             if not take(item, found[0]):
                 break
     return kept, headers
+
+
+class Packed:
+    """Entries whose pixels are in one array: to send one for each takes longer than to decode a small image."""
+
+    def __init__(self, entries: list[Entry | Bad]) -> None:
+        self.found = [each if isinstance(each, Bad) else (*each[:2], each[2].shape) for each in entries]
+        images = [each[2].ravel() for each in entries if not isinstance(each, Bad)]
+        self.pixels = np.concatenate(images) if images else np.empty(0, dtype=np.uint8)
+
+    def __iter__(self) -> Iterator[Entry | Bad]:
+        start = 0
+        for each in self.found:
+            if isinstance(each, Bad):
+                yield each
+            else:
+                header, key, shape = each
+                stop = start + math.prod(shape)
+                yield header, key, self.pixels[start:stop].reshape(shape)
+                start = stop
 
 
 def _entry(file: BinaryIO, *, width: int, height: int, fit: Fit, keyed: bool) -> Entry:

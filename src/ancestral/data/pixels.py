@@ -48,8 +48,7 @@ def measure(file: BinaryIO) -> Header:
 def decode(file: BinaryIO, *, width: int, height: int, fit: Fit = "crop") -> tuple[Header, NDArray[np.uint8]]:
     """The header; and the first frame, upright and opaque, at this size: (1, H, W) where it is grey, or (3, H, W)."""
     content = file.read()
-    header, pixels = _plain_jpeg(content, width, height) or _any(content, width, height, fit)
-    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    header, planes = _plain_jpeg(content, width, height) or _any(content, width, height, fit)
     first = planes[0].tobytes()
     grey = all(plane.tobytes() == first for plane in planes[1:])
     return header, planes[:1] if grey else planes
@@ -67,15 +66,20 @@ def _plain_jpeg(content: bytes, width: int, height: int) -> tuple[Header, NDArra
         down, across, colours, _ = simplejpeg.decode_jpeg_header(content)
         if (across, down) != (width, height) or colours not in ("Gray", "YCbCr"):
             return None
-        grey = colours == "Gray"
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, "GRAY" if grey else "RGB")
+        pixels = simplejpeg.decode_jpeg(content, "GRAY" if colours == "Gray" else "RGBX")
     except ValueError:  # Pillow says what is wrong, or bears with it
         return None
-    return _header_of(width, height, "L" if grey else "RGB"), pixels
+    if colours == "Gray":
+        return _header_of(width, height, "L"), pixels.reshape(1, height, width)
+    words = pixels.view("<u4")[..., 0]
+    planes = np.empty((3, height, width), dtype=np.uint8)
+    for channel, plane in enumerate(planes):  # twice as fast as to transpose bytes
+        plane[:] = words >> 8 * channel
+    return _header_of(width, height, "RGB"), planes
 
 
 def _any(content: bytes, width: int, height: int, fit: Fit) -> tuple[Header, NDArray[np.uint8]]:
-    """The header, and the pixels (H, W, C) of any image that Pillow reads."""
+    """The header, and the pixels (C, H, W), of any image that Pillow reads."""
     image = _opened(BytesIO(content))
     header = _header(image)
     if image.size != (width, height):
@@ -87,7 +91,8 @@ def _any(content: bytes, width: int, height: int, fit: Fit) -> tuple[Header, NDA
     flat = _eight_bit(image if turn is None else image.transpose(turn))
     if flat.size != (width, height):
         flat = _fitted(flat, width, height, fit)
-    return header, np.asarray(flat).reshape(height, width, -1)
+    pixels = np.asarray(flat).reshape(height, width, -1)
+    return header, np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 Entry = tuple[Header, int, NDArray[np.uint8]]
