@@ -120,7 +120,7 @@ class Reading:
         stage: str,
         chunk: int = CHUNK,
         before: int = 0,
-        packed: Callable[[list[T | Bad]], Iterable[T | Bad]] = list,
+        packed: Callable[[Iterable[T | Bad]], Iterable[T | Bad]] = list,
     ) -> Iterator[tuple[Item, T | Bad]]:
         """Each item with what `work` makes of its bytes, or why it cannot; so many were done before.
 
@@ -384,10 +384,17 @@ def _decode_at(
 class Packed:
     """Entries whose pixels are in one array: to send one for each takes longer than to decode a small image."""
 
-    def __init__(self, entries: list[Entry | Bad]) -> None:
-        self.found = [each if isinstance(each, Bad) else (*each[:2], each[2].shape) for each in entries]
-        images = [each[2].ravel() for each in entries if not isinstance(each, Bad)]
-        self.pixels = np.concatenate(images) if images else np.empty(0, dtype=np.uint8)
+    def __init__(self, entries: Iterable[Entry | Bad]) -> None:
+        self.found: list[tuple[Header, int, tuple[int, ...]] | Bad] = []
+        pixels = bytearray()
+        for each in entries:
+            if isinstance(each, Bad):
+                self.found.append(each)
+            else:
+                header, key, image = each
+                self.found.append((header, key, image.shape))
+                pixels += image.data
+        self.pixels = np.frombuffer(pixels, dtype=np.uint8)
 
     def __iter__(self) -> Iterator[Entry | Bad]:
         start = 0
@@ -455,17 +462,16 @@ def _folder(item: Item) -> str:
     return item.name.rpartition("/")[0]
 
 
-def _attempt(work: Callable[[BinaryIO], T], items: Sequence[Item]) -> list[T | Bad]:
-    tried: list[T | Bad] = []
+def _attempt(work: Callable[[BinaryIO], T], items: Sequence[Item]) -> Iterator[T | Bad]:
     for item in items:
         try:
             with item.open(item.where) as file:
-                tried.append(work(file))
+                made: T | Bad = work(file)
         except MemoryError:
             raise
         except Exception as error:  # a damaged or hostile file can raise nearly anything
-            tried.append(Bad(item.name, reason(error)))
-    return tried
+            made = Bad(item.name, reason(error))
+        yield made
 
 
 def _common(headers: Sequence[Header]) -> tuple[int, int]:
