@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,8 @@ from typer.testing import CliRunner
 from ancestral.apps import comparing
 from ancestral.apps.cli import app
 from ancestral.apps.output import number
+from ancestral.data import Data, load
+from ancestral.measure import compare
 from ancestral.measure.compare import Contest, Entrant, difference, exponential, logarithm, over_seeds, rows
 from ancestral.measure.metrics.intervals import around, of_share, student
 from ancestral.measure.record import Interval
@@ -102,6 +106,32 @@ def test_who_is_best_who_is_worse_and_who_cannot_be_told():
     assert vae.verdicts["rate"].word == "worse"
     assert vae.verdicts["rate"].difference.value == pytest.approx(10 / 99)  # of rates, how many times
     assert (gan.runs, gan.failed, vae.failed) == (3, 1, 0)
+
+
+def test_the_likelihood_of_the_best_checkpoint_is_not_flattered_by_the_choice(monkeypatch):
+    """Of checkpoints that are all alike the one that looks best is no better, whatever the noise of the examples."""
+    data, checkpoints, found, flattered = load("two-moons"), range(20), [], []
+    data = replace(data, held_out=torch.arange(40.0)[:, None])
+    monkeypatch.setattr(compare.checkpoint, "load", lambda path: path)
+    for seed in range(200):
+        loss = 1 + stream(seed).standard_normal((len(checkpoints), len(data.held_out)))
+
+        def on(k: int, half: Data, loss=loss) -> np.ndarray:
+            return loss[k, half.held_out[:, 0].long()]
+
+        def measured(k: int, half: Data, on=on, **_) -> SimpleNamespace:
+            each = on(k, half)
+            return SimpleNamespace(likelihood=lambda: around(each.mean(), each.std(ddof=1) / len(each) ** 0.5))
+
+        monkeypatch.setattr(compare, "held_out_loss", lambda k, half, seed, on=on: {"all": on(k, half).mean()})
+        monkeypatch.setattr(compare, "evaluate", measured)
+        found.append(compare.of_best(checkpoints, data))
+        flattered.append(loss.mean(1).min())
+    values = np.array([one.value for one in found])
+    error = values.std() / len(values) ** 0.5
+    assert abs(values.mean() - 1) < 4 * error
+    assert np.mean(flattered) < 1 - 20 * error
+    assert values.std() == pytest.approx(np.mean([one.stderr for one in found]), rel=0.15)
 
 
 class Page(HTMLParser):

@@ -183,10 +183,16 @@ def _samples(result: Contest, pictures: Mapping[str, Image]) -> str:
 def _likelihood(result: Contest) -> str:
     without = [row.family for row in result.rows if "likelihood" not in row.numbers and row.failed < row.runs]
     said = f" {_listed(without)} has none." if without else ""
-    return (
+    page = (
         f"<p>Of held-out examples, in {result.unit}: less is better, and what is a bound is an upper one.{said}</p>"
         + _drawn(forest(result, ["likelihood"]), "Negative log-likelihood, with 95% intervals.")
     )
+    if any("likelihood" in row.best for row in result.rows):
+        page += (
+            "<p>Of the last checkpoint, and of the one of least loss, as if training had stopped in time. One half of "
+            "held-out examples chooses it and the other half measures it, and then the other way round:</p>"
+        ) + _last_and_best("likelihood", result)
+    return page
 
 
 def _stability(result: Contest) -> str:
@@ -203,19 +209,25 @@ def _stability(result: Contest) -> str:
 
 
 def _training(result: Contest) -> str:
+    return (
+        _drawn(training(result), "Energy distance of a few samples of the checkpoints of every run, along it.")
+        + f"<p>The {escape(title('energy', result))} of the last checkpoint, and of the one that is best in the "
+        "drawing, which is chosen by other held-out examples than it is measured on:</p>"
+        + _last_and_best("energy", result)
+    )
+
+
+def _last_and_best(name: str, result: Contest) -> str:
+    """A number at the end of the runs, and at the best of their checkpoints."""
     rows = "".join(
-        f'<tr><th scope="row">{words}</th>{"".join(_plain(found.get("energy")) for found in standings)}</tr>'
+        f'<tr><th scope="row">{words}</th>{"".join(_plain(found.get(name)) for found in standings)}</tr>'
         for words, standings in (
             ("last checkpoint", [row.numbers for row in result.rows]),
             ("best checkpoint", [row.best for row in result.rows]),
         )
     )
-    return (
-        _drawn(training(result), "Energy distance of a few samples of the checkpoints of every run, along it.")
-        + f"<p>The {escape(title('energy', result))} of the last checkpoint, and of the one that is best in the "
-        "drawing, which is chosen by other held-out examples than it is measured on:</p>"
-        + _table("Last and best checkpoint", [escape(row.family) for row in result.rows], rows)
-    )
+    families = [escape(row.family) for row in result.rows]
+    return _table(f"{escape(title(name, result))} of the last and the best checkpoint", families, rows)
 
 
 def _cost(result: Contest) -> str:

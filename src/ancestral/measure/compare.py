@@ -8,6 +8,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Literal
@@ -22,6 +23,7 @@ from ancestral.measure.metrics.intervals import around, of_share, spread, studen
 from ancestral.measure.quality import METRICS, Bench
 from ancestral.measure.record import Interval, Kind, Record
 from ancestral.training import checkpoint
+from ancestral.training.loop import held_out_loss
 from ancestral.training.recipes import Model
 
 LIKELIHOOD, TIMED = 2000, 64
@@ -52,7 +54,7 @@ class Entrant(Record):
 
     `numbers` are the negative log-likelihood or its bound, where the family has one, by how much training examples are
     likelier (`gap`), samples for each second, and what `quality.METRICS` says of samples. `best` is the same of samples
-    from the checkpoint that is nearest by `looks`.
+    from the checkpoint that is nearest by `looks`, and the likelihood of the checkpoint of least loss (`of_best`).
     """
 
     family: str
@@ -147,9 +149,12 @@ def assess(
     numbers |= bench.of(samples)
     looks = _looks(run, bench, progress)
     nearest = min(looks, key=lambda each: each[1].energy.value, default=None)
-    best = numbers
+    best = {name: value for name, value in numbers.items() if name in METRICS}
     if nearest and nearest[1].step != saved.step:
         best = bench.of(checkpoint.load(nearest[0]).sample(bench.n, rng=0))
+    if kind:
+        kept = [path for path, _ in looks]
+        best["likelihood"] = of_best(kept, data, progress=progress) if kept else numbers["likelihood"]
     return Entrant(
         family=family,
         seed=seed,
@@ -160,7 +165,7 @@ def assess(
         kind=kind,
         evaluations=STEPS if isinstance(model, Diffusion) else 1,
         numbers=numbers,
-        best={name: value for name, value in best.items() if name in METRICS},
+        best=best,
         looks=[look for _, look in looks],
     )
 
@@ -186,6 +191,37 @@ def _looks(run: Path, bench: Bench, progress: Callable[[str, int, int], None] | 
         if progress:
             progress(f"looking at checkpoints of {run.name}", i + 1, len(kept))
     return found
+
+
+def of_best(paths: Sequence[Path], data: Data, *, progress: Callable[[str, int, int], None] | None = None) -> Interval:
+    """The likelihood that a run would have reached, had it stopped in time.
+
+    One half of held-out data chooses the checkpoint whose loss on it is least, the other half measures it, and then the
+    other way round: all examples are measured, and none by a checkpoint that it has chosen.
+
+    Args:
+        paths: of the checkpoints.
+        data: whose held-out examples are divided.
+        progress: told (what, done, of).
+    """
+    halves = [
+        replace(
+            data,
+            held_out=data.held_out[k::2],
+            held_out_labels=None if data.held_out_labels is None else data.held_out_labels[k::2],
+        )
+        for k in (0, 1)
+    ]
+    losses = []
+    for path in paths:
+        model = checkpoint.load(path)
+        losses.append([sum(held_out_loss(model, half, seed=0).values()) for half in halves])
+    found = []
+    for choosing, measuring in ((0, 1), (1, 0)):
+        best = min(range(len(paths)), key=lambda k: losses[k][choosing])
+        measured = evaluate(checkpoint.load(paths[best]), halves[measuring], n=LIKELIHOOD // 2, progress=progress)
+        found.append(measured.likelihood())
+    return around(fmean(one.value for one in found), math.hypot(*(one.stderr for one in found)) / 2)
 
 
 def rows(entrants: Sequence[Entrant]) -> list[Row]:
