@@ -123,7 +123,6 @@ def test_the_likelihood_of_the_best_checkpoint_is_not_flattered_by_the_choice(mo
             each = on(k, half)
             return SimpleNamespace(likelihood=lambda: around(each.mean(), each.std(ddof=1) / len(each) ** 0.5))
 
-        monkeypatch.setattr(compare, "held_out_loss", lambda k, half, seed, on=on: {"all": on(k, half).mean()})
         monkeypatch.setattr(compare, "evaluate", measured)
         found.append(compare.of_best(checkpoints, data))
         flattered.append(loss.mean(1).min())

@@ -189,8 +189,8 @@ def _likelihood(result: Contest) -> str:
     )
     if any("likelihood" in row.best for row in result.rows):
         page += (
-            "<p>Of the last checkpoint, and of the one of least loss, as if training had stopped in time. One half of "
-            "held-out examples chooses it and the other half measures it, and then the other way round:</p>"
+            "<p>Of the last checkpoint, and of the best, as if training had stopped in time. One half of held-out "
+            "examples chooses it and the other half measures it, and then the other way round:</p>"
         ) + _last_and_best("likelihood", result)
     return page
 

@@ -23,14 +23,13 @@ from ancestral.measure.metrics.intervals import around, of_share, spread, studen
 from ancestral.measure.quality import METRICS, Bench
 from ancestral.measure.record import Interval, Kind, Record
 from ancestral.training import checkpoint
-from ancestral.training.loop import held_out_loss
 from ancestral.training.recipes import Model
 
 LIKELIHOOD, TIMED = 2000, 64
 """Held-out examples whose likelihood is measured, at most; and samples that are drawn at a time to see how fast."""
 
-FEW = 256
-"""Samples by which the checkpoints of a run are told apart, at most."""
+FEW, CHOOSING = 256, 64
+"""Samples, and held-out examples, by which the checkpoints of a run are told apart, at most."""
 
 BETTER = {"likelihood": "less", "rate": "more"} | {name: metric.better for name, metric in METRICS.items()}
 BETTER |= {"gap": None}
@@ -54,7 +53,7 @@ class Entrant(Record):
 
     `numbers` are the negative log-likelihood or its bound, where the family has one, by how much training examples are
     likelier (`gap`), samples for each second, and what `quality.METRICS` says of samples. `best` is the same of samples
-    from the checkpoint that is nearest by `looks`, and the likelihood of the checkpoint of least loss (`of_best`).
+    from the checkpoint that is nearest by `looks`, and the likelihood of the one that has the best (`of_best`).
     """
 
     family: str
@@ -196,8 +195,8 @@ def _looks(run: Path, bench: Bench, progress: Callable[[str, int, int], None] | 
 def of_best(paths: Sequence[Path], data: Data, *, progress: Callable[[str, int, int], None] | None = None) -> Interval:
     """The likelihood that a run would have reached, had it stopped in time.
 
-    One half of held-out data chooses the checkpoint whose loss on it is least, the other half measures it, and then the
-    other way round: all examples are measured, and none by a checkpoint that it has chosen.
+    One half of held-out data chooses the checkpoint by the likelihood of a few of its examples, the other half measures
+    it, and then the other way round: no example is measured by a checkpoint that it has chosen.
 
     Args:
         paths: of the checkpoints.
@@ -212,15 +211,11 @@ def of_best(paths: Sequence[Path], data: Data, *, progress: Callable[[str, int, 
         )
         for k in (0, 1)
     ]
-    losses = []
-    for path in paths:
-        model = checkpoint.load(path)
-        losses.append([sum(held_out_loss(model, half, seed=0).values()) for half in halves])
     found = []
     for choosing, measuring in ((0, 1), (1, 0)):
-        best = min(range(len(paths)), key=lambda k: losses[k][choosing])
-        measured = evaluate(checkpoint.load(paths[best]), halves[measuring], n=LIKELIHOOD // 2, progress=progress)
-        found.append(measured.likelihood())
+        tried = {path: evaluate(checkpoint.load(path), halves[choosing], n=CHOOSING).likelihood() for path in paths}
+        best = checkpoint.load(min(paths, key=lambda path: tried[path].value))
+        found.append(evaluate(best, halves[measuring], n=LIKELIHOOD // 2, progress=progress).likelihood())
     return around(fmean(one.value for one in found), math.hypot(*(one.stderr for one in found)) / 2)
 
 
