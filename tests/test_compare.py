@@ -7,10 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,9 +19,10 @@ from typer.testing import CliRunner
 from ancestral.apps import comparing
 from ancestral.apps.cli import app
 from ancestral.apps.output import number
-from ancestral.data import Data, load
+from ancestral.data import load
 from ancestral.measure import compare
 from ancestral.measure.compare import Contest, Entrant, difference, exponential, logarithm, over_seeds, rows
+from ancestral.measure.measured import Measured
 from ancestral.measure.metrics.intervals import around, of_share, student
 from ancestral.measure.record import Interval
 from ancestral.rng import stream
@@ -110,22 +109,18 @@ def test_who_is_best_who_is_worse_and_who_cannot_be_told():
 
 def test_the_likelihood_of_the_best_checkpoint_is_not_flattered_by_the_choice(monkeypatch):
     """Of checkpoints that are all alike the one that looks best is no better, whatever the noise of the examples."""
-    data, checkpoints, found, flattered = load("two-moons"), range(20), [], []
-    data = replace(data, held_out=torch.arange(40.0)[:, None])
+    found, flattered, facts = [], [], load("two-moons").facts
     monkeypatch.setattr(compare.checkpoint, "load", lambda path: path)
     for seed in range(200):
-        loss = 1 + stream(seed).standard_normal((len(checkpoints), len(data.held_out)))
+        loss = torch.from_numpy(1 + stream(seed).standard_normal((20, 40)))
 
-        def on(k: int, half: Data, loss=loss) -> np.ndarray:
-            return loss[k, half.held_out[:, 0].long()]
-
-        def measured(k: int, half: Data, on=on, **_) -> SimpleNamespace:
-            each = on(k, half)
-            return SimpleNamespace(likelihood=lambda: around(each.mean(), each.std(ddof=1) / len(each) ** 0.5))
+        def measured(k: int, *_, n: int, loss=loss, **__) -> Measured:
+            nats, all_of = loss[k, :n], torch.zeros(40)
+            return Measured(facts, "exact", nats[:, None], torch.arange(len(nats)), all_of, all_of, None, 0.0)
 
         monkeypatch.setattr(compare, "evaluate", measured)
-        found.append(compare.of_best(checkpoints, data))
-        flattered.append(loss.mean(1).min())
+        found.append(compare.of_best(range(20), None, measured(19, n=40)))
+        flattered.append(float(loss.mean(1).min()))
     values = np.array([one.value for one in found])
     error = values.std() / len(values) ** 0.5
     assert abs(values.mean() - 1) < 4 * error

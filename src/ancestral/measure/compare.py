@@ -8,17 +8,18 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Literal
 
+import torch
 from pydantic import Field
 
 from ancestral.data import Data
 from ancestral.diffusion.model import STEPS, Diffusion
 from ancestral.gan.model import GAN
 from ancestral.measure.evaluate import evaluate, gap
+from ancestral.measure.measured import Measured
 from ancestral.measure.metrics.intervals import around, of_share, spread, student, welch
 from ancestral.measure.quality import METRICS, Bench
 from ancestral.measure.record import Interval, Kind, Record
@@ -28,7 +29,7 @@ from ancestral.training.recipes import Model
 LIKELIHOOD, TIMED = 2000, 64
 """Held-out examples whose likelihood is measured, at most; and samples that are drawn at a time to see how fast."""
 
-FEW, CHOOSING = 256, 64
+FEW, CHOOSING = 256, 128
 """Samples, and held-out examples, by which the checkpoints of a run are told apart, at most."""
 
 BETTER = {"likelihood": "less", "rate": "more"} | {name: metric.better for name, metric in METRICS.items()}
@@ -135,7 +136,8 @@ def assess(
     """
     saved = checkpoint.open_run(run)
     model, record = saved.model, json.loads((checkpoint.run_of(run) / "run.json").read_bytes())
-    numbers: dict[str, Interval] = {}
+    numbers, best = {"rate": _rate(model)}, {}
+    looks = _looks(run, bench, progress)
     kind: Kind | None = None
     if not isinstance(model, GAN):
         measured = evaluate(model, data, n=LIKELIHOOD, progress=progress)
@@ -143,17 +145,14 @@ def assess(
         numbers["likelihood"] = around(found.value, found.stderr)
         between = gap(model, data, measured, progress=progress)
         numbers |= {"gap": between} if between else {}
-    numbers["rate"] = _rate(model)
-    samples = model.sample(bench.n, rng=0)
-    numbers |= bench.of(samples)
-    looks = _looks(run, bench, progress)
+        kept = [path for path, look in looks if look.step < saved.step]
+        best["likelihood"] = of_best([*kept, run], data, measured, progress=progress)
+    numbers |= bench.of(model.sample(bench.n, rng=0))
     nearest = min(looks, key=lambda each: each[1].energy.value, default=None)
-    best = {name: value for name, value in numbers.items() if name in METRICS}
     if nearest and nearest[1].step != saved.step:
-        best = bench.of(checkpoint.load(nearest[0]).sample(bench.n, rng=0))
-    if kind:
-        kept = [path for path, _ in looks]
-        best["likelihood"] = of_best(kept, data, progress=progress) if kept else numbers["likelihood"]
+        best |= bench.of(checkpoint.load(nearest[0]).sample(bench.n, rng=0))
+    else:
+        best |= {name: value for name, value in numbers.items() if name in METRICS}
     return Entrant(
         family=family,
         seed=seed,
@@ -192,31 +191,30 @@ def _looks(run: Path, bench: Bench, progress: Callable[[str, int, int], None] | 
     return found
 
 
-def of_best(paths: Sequence[Path], data: Data, *, progress: Callable[[str, int, int], None] | None = None) -> Interval:
+def of_best(
+    paths: Sequence[Path], data: Data, last: Measured, *, progress: Callable[[str, int, int], None] | None = None
+) -> Interval:
     """The likelihood that a run would have reached, had it stopped in time.
 
-    One half of held-out data chooses the checkpoint by the likelihood of a few of its examples, the other half measures
-    it, and then the other way round: no example is measured by a checkpoint that it has chosen.
+    One half of the examples chooses the checkpoint, by a few of them, the other half measures it, and then the other way
+    round: no example is measured by a checkpoint that it has chosen.
 
     Args:
-        paths: of the checkpoints.
-        data: whose held-out examples are divided.
+        paths: of the checkpoints, in their order.
+        data: that they are measured on.
+        last: what was measured of the last of them.
         progress: told (what, done, of).
     """
-    halves = [
-        replace(
-            data,
-            held_out=data.held_out[k::2],
-            held_out_labels=None if data.held_out_labels is None else data.held_out_labels[k::2],
-        )
-        for k in (0, 1)
-    ]
-    found = []
-    for choosing, measuring in ((0, 1), (1, 0)):
-        tried = {path: evaluate(checkpoint.load(path), halves[choosing], n=CHOOSING).likelihood() for path in paths}
-        best = checkpoint.load(min(paths, key=lambda path: tried[path].value))
-        found.append(evaluate(best, halves[measuring], n=LIKELIHOOD // 2, progress=progress).likelihood())
-    return around(fmean(one.value for one in found), math.hypot(*(one.stderr for one in found)) / 2)
+    tried = [evaluate(checkpoint.load(path), data, n=CHOOSING).nats for path in paths]
+    half = torch.arange(len(last.chosen)) % 2
+    measured, replicates = {len(paths) - 1: last}, last.replicates.clone()
+    for own in (0, 1):
+        best = min(range(len(paths)), key=lambda k: float(tried[k][half[: len(tried[k])] != own].mean()))
+        if best not in measured:
+            measured[best] = evaluate(checkpoint.load(paths[best]), data, n=LIKELIHOOD, progress=progress)
+        replicates[half == own] = measured[best].replicates[half == own]
+    found = last.estimate(replicates)
+    return around(last.in_unit(found.value), last.in_unit(found.stderr))
 
 
 def rows(entrants: Sequence[Entrant]) -> list[Row]:
