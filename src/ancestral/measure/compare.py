@@ -196,8 +196,8 @@ def of_best(
 ) -> Interval:
     """The likelihood that a run would have reached, had it stopped in time.
 
-    One half of the examples chooses the checkpoint, by a few of them, the other half measures it, and then the other way
-    round: no example is measured by a checkpoint that it has chosen.
+    One half of the examples chooses the checkpoint, by a few of them, and the other half measures it; then they change
+    places. So all are measured, and none by a checkpoint that it has chosen.
 
     Args:
         paths: of the checkpoints, in their order.
