@@ -108,7 +108,7 @@ class _Child(Generic[T]):
                 made, slot = work(part), self.slot()
                 if self.count > AHEAD and not os.read(asked, 1):
                     break  # nobody is there to ask
-                places, rest = _parted(made, slot)
+                places, rest = _placed(made, slot)
                 pickle.dump(places, results, pickle.HIGHEST_PROTOCOL)
                 results.write(rest)
                 results.flush()
@@ -126,7 +126,7 @@ class _Child(Generic[T]):
         self.close()
 
 
-def _parted(made: object, slot: memoryview) -> tuple[list[tuple[int, int]], bytes]:
+def _placed(made: object, slot: memoryview) -> tuple[list[tuple[int, int]], bytes]:
     """Where the arrays of a result were put, those that there was room for, and the pickle of all else."""
     places: list[tuple[int, int]] = []
 
