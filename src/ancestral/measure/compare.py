@@ -8,12 +8,14 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Literal
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from ancestral.data import Data
 from ancestral.diffusion.model import STEPS, Diffusion
@@ -26,7 +28,7 @@ from ancestral.measure.record import Interval, Kind, Record
 from ancestral.training import checkpoint
 from ancestral.training.recipes import Model
 
-LIKELIHOOD, TIMED = 2000, 64
+LIKELIHOOD, TIMED = 1000, 64
 """Held-out examples whose likelihood is measured, at most; and samples that are drawn at a time to see how fast."""
 
 FEW, CHOOSING = 256, 128
@@ -137,20 +139,23 @@ def assess(
     saved = checkpoint.open_run(run)
     model, record = saved.model, json.loads((checkpoint.run_of(run) / "run.json").read_bytes())
     numbers, best = {"rate": _rate(model)}, {}
-    looks = _looks(run, bench, progress)
-    kind: Kind | None = None
-    if not isinstance(model, GAN):
-        measured = evaluate(model, data, n=LIKELIHOOD, progress=progress)
-        found, kind = measured.likelihood(), measured.kind
+    last = None if isinstance(model, GAN) else evaluate(model, data, n=LIKELIHOOD, progress=progress)
+    tries = _tries(saved, data, bench, last, progress)
+    if last:
+        found = last.likelihood()
         numbers["likelihood"] = around(found.value, found.stderr)
-        between = gap(model, data, measured, progress=progress)
+        between = gap(model, data, last, progress=progress)
         numbers |= {"gap": between} if between else {}
-        kept = [path for path, look in looks if look.step < saved.step]
-        best["likelihood"] = of_best([*kept, run], data, measured, progress=progress)
+
+        def again(k: int) -> Measured:
+            return evaluate(checkpoint.load(tries[k].path), data, n=LIKELIHOOD, like=last, progress=progress)
+
+        tried = [each.nats[:CHOOSING] for each in tries if each.nats is not None]
+        best["likelihood"] = of_best(tried, again, last)
     numbers |= bench.of(model.sample(bench.n, rng=0))
-    nearest = min(looks, key=lambda each: each[1].energy.value, default=None)
-    if nearest and nearest[1].step != saved.step:
-        best |= bench.of(checkpoint.load(nearest[0]).sample(bench.n, rng=0))
+    nearest = min(tries, key=lambda each: each.look.energy.value)
+    if nearest.path != saved.path:
+        best |= bench.of(checkpoint.load(nearest.path).sample(bench.n, rng=0))
     else:
         best |= {name: value for name, value in numbers.items() if name in METRICS}
     return Entrant(
@@ -160,11 +165,11 @@ def assess(
         seconds=record.get("seconds", 0.0),
         steps=saved.step,
         parameters=sum(p.numel() for p in model.parameters()),
-        kind=kind,
+        kind=last.kind if last else None,
         evaluations=STEPS if isinstance(model, Diffusion) else 1,
         numbers=numbers,
         best=best,
-        looks=[look for _, look in looks],
+        looks=[each.look for each in tries],
     )
 
 
@@ -178,40 +183,60 @@ def _rate(model: Model) -> Interval:
     return Interval(value=median(took), stderr=stdev(took) / 3**0.5, low=min(took), high=max(took))
 
 
-def _looks(run: Path, bench: Bench, progress: Callable[[str, int, int], None] | None) -> list[tuple[Path, Look]]:
-    """The checkpoints that a run kept, and how near each is."""
-    kept, found = checkpoint.checkpoints(checkpoint.run_of(run)), []
-    for i, path in enumerate(kept):
-        step = checkpoint.step_of(path)
-        if step:
-            drawn = checkpoint.load(path).sample(min(FEW, bench.n), rng=1)
-            found.append((path, Look(step=step, energy=bench.aside(drawn))))
+@dataclass(frozen=True)
+class Try:
+    """A checkpoint on the way, told by a little from the others of its run.
+
+    Attributes:
+        path: of it.
+        look: at its samples.
+        nats: of held-out examples, the first `CHOOSING` at least; None of a family without likelihood.
+    """
+
+    path: Path
+    look: Look
+    nats: Tensor | None
+
+
+def _tries(
+    saved: checkpoint.Saved,
+    data: Data,
+    bench: Bench,
+    last: Measured | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> list[Try]:
+    """The checkpoints that a run kept on the way to the one that was saved, and that one, of which `last` is."""
+    run, found = checkpoint.run_of(saved.path), []
+    kept = [path for path in checkpoint.checkpoints(run) if 0 < checkpoint.step_of(path) < saved.step]
+    for i, path in enumerate([*kept, saved.path]):
+        each = saved if path == saved.path else checkpoint.open_run(path)
+        look = Look(step=each.step, energy=bench.aside(each.model.sample(min(FEW, bench.n), rng=1)))
+        nats = None
+        if last:
+            nats = last.nats if each is saved else evaluate(each.model, data, n=CHOOSING, like=last).nats
+        found.append(Try(path, look, nats))
         if progress:
-            progress(f"looking at checkpoints of {run.name}", i + 1, len(kept))
+            progress(f"looking at checkpoints of {run.name}", i + 1, len(kept) + 1)
     return found
 
 
-def of_best(
-    paths: Sequence[Path], data: Data, last: Measured, *, progress: Callable[[str, int, int], None] | None = None
-) -> Interval:
+def of_best(tried: Sequence[Tensor], again: Callable[[int], Measured], last: Measured) -> Interval:
     """The likelihood that a run would have reached, had it stopped in time.
 
     One half of the examples chooses the checkpoint, by a few of them, and the other half measures it; then they change
     places. So all are measured, and none by a checkpoint that it has chosen.
 
     Args:
-        paths: of the checkpoints, in their order.
-        data: that they are measured on.
+        tried: the first few examples' -log p by every checkpoint, in their order, each of shape (few,).
+        again: measures the checkpoint of such an index on all that `last` was measured on.
         last: what was measured of the last of them.
-        progress: told (what, done, of).
     """
-    tried = [evaluate(checkpoint.load(path), data, n=CHOOSING).nats for path in paths]
     half = torch.arange(len(last.chosen)) % 2
-    measured, replicates = {len(paths) - 1: last}, last.replicates.clone()
+    measured, replicates = {len(tried) - 1: last}, last.replicates.clone()
     for own in (0, 1):
-        best = min(range(len(paths)), key=lambda k: float(tried[k][half[: len(tried[k])] != own].mean()))
+        best = min(range(len(tried)), key=lambda k: float(tried[k][half[: len(tried[k])] != own].mean()))
         if best not in measured:
-            measured[best] = evaluate(checkpoint.load(paths[best]), data, n=LIKELIHOOD, progress=progress)
+            measured[best] = again(best)
         replicates[half == own] = measured[best].replicates[half == own]
     found = last.estimate(replicates)
     return around(last.in_unit(found.value), last.in_unit(found.stderr))
