@@ -275,6 +275,40 @@ def test_finished_runs_are_compared_as_they_are(contest, tmp_path):
     assert found["entrants"][0]["numbers"]["energy"] == first["numbers"]["energy"]
 
 
+def trained(to: Path, *more: str) -> str:
+    arguments = ["train", "ring-8", "--family", "vae", "--steps", "20", "--to", str(to), *more]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    return str(to)
+
+
+def test_runs_with_the_same_settings_are_seeds_of_one_row_and_others_are_not_mixed_with_them(tmp_path):
+    """Runs of one name in two places, of which one has other settings and one another seed."""
+    first, second = trained(tmp_path / "a" / "run"), trained(tmp_path / "b" / "run", "--seed", "1")
+    wide = trained(tmp_path / "c" / "run", "--set", "vae.width=32")
+    arguments = ["compare", first, second, wide, "-n", "120", "--to", str(tmp_path / "x"), "--json"]
+    found = [json.loads(CliRunner().invoke(app, arguments).stdout) for _ in range(2)]
+    assert found[0]["rows"] == found[1]["rows"]
+    assert [(row["family"], row["runs"]) for row in found[0]["rows"]] == [("a/run", 2), ("c/run", 1)]
+    of_wide = next(each for each in found[0]["entrants"] if each["run"] == wide)
+    assert of_wide["parameters"] < found[0]["entrants"][0]["parameters"]
+    assert "c/run" in (tmp_path / "x" / "report.html").read_text()
+    both = json.loads(CliRunner().invoke(app, [*arguments[:3], *arguments[4:]]).stdout)
+    assert [(row["family"], row["runs"]) for row in both["rows"]] == [("vae", 2)]
+
+
+def test_runs_that_were_trained_on_what_the_data_was_before_are_refused(tmp_path):
+    table, where = tmp_path / "t.csv", tmp_path / "x"
+    rows = [f"{a:.4f},{b:.4f}" for a, b in stream(0).standard_normal((3000, 2))]
+    arguments = ["compare", str(table), "--families", "vae", "--seeds", "1", "--minutes", "0.01", "-n", "120"]
+    arguments += ["--to", str(where)]
+    for n, code in ((2500, 0), (3000, 2)):
+        table.write_text("\n".join(["a,b", *rows[:n]]) + "\n")
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == code, result.output
+    assert "was trained on other data" in result.stderr
+
+
 def test_a_run_that_collapsed_is_counted_and_what_is_wrong_with_the_input_is_said(tmp_path, monkeypatch):
     def ends(code: int):
         def started(planned, run, family, seed):

@@ -2,10 +2,11 @@
 
 DIR/
   runs/FAMILY-SEED/        the runs, as `ancestral train` makes them
-  measured/FAMILY-SEED.json  what each reached, so that a comparison that was stopped goes on
+  measured/FAMILY-SEED-*.json  what each reached, by a hash of its model, so that a comparison that was stopped goes on
   compare.json, report.html, samples/FAMILY.png
 """
 
+import hashlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -27,11 +29,11 @@ from ancestral.apps import report
 from ancestral.apps.output import number
 from ancestral.data import Data, draw, load
 from ancestral.errors import OptionError, RunError, Stopped, unknown
-from ancestral.measure.compare import BETTER, Contest, Entrant, Row, assess, rows
+from ancestral.measure.compare import BETTER, EDITION, Contest, Entrant, Row, assess, rows
 from ancestral.measure.quality import METRICS, Bench
 from ancestral.training import checkpoint, durable
 from ancestral.training.run import reload
-from ancestral.training.settings import Family
+from ancestral.training.settings import Family, Setup
 
 SHOWN = 64
 """Samples of each family that are shown, from the seed 0."""
@@ -116,18 +118,38 @@ def plan(
 def _finished(
     runs: list[Path], n: int, features: str | None, to: Path | None, command: str, progress: Tell | None
 ) -> Plan:
-    """Runs that are there: those of one recipe are seeds of one row."""
+    """Runs that are there: those with the same settings are seeds of one row."""
     if len(runs) < 2:
         raise OptionError(f"received one run, {runs[0]}: give another to compare it with, or DATA to train on")
     opened, data = [checkpoint.open_run(run) for run in runs], reload(runs[0], progress)
     for run, saved in zip(runs, opened, strict=True):
         if saved.facts.digest != data.facts.digest:
             raise OptionError(f"{run}: was trained on other data than {runs[0]}: only runs on the same are compared")
-    entries = tuple(
-        (run, saved.setup.recipe, json.loads((run / "run.json").read_bytes())["seed"])
-        for run, saved in zip(runs, opened, strict=True)
-    )
+    called = labels(runs, [saved.setup for saved in opened])
+    seeds = [json.loads((run / "run.json").read_bytes())["seed"] for run in runs]
+    entries = tuple(zip(runs, called, seeds, strict=True))
     return Plan(to or Path("runs") / f"{data.facts.name}-compared", data, None, entries, None, n, features, command)
+
+
+def labels(runs: Sequence[Path], setups: Sequence[Setup]) -> list[str]:
+    """What the row of each run is called: its recipe, or, where runs of that recipe have other settings too, the first
+    run with the same.
+
+    The number of steps is a setting where it was not turned from minutes.
+
+    Args:
+        runs: their directories, which are named by what they do not have in common.
+        setups: of each.
+    """
+    keys = [each.model_dump_json(exclude={"training": {"steps"}} if each.training.minutes else None) for each in setups]
+    above = os.path.commonpath([run.parent.absolute() for run in runs])
+    recipes = defaultdict[str, set[str]](set)
+    for key, setup in zip(keys, setups, strict=True):
+        recipes[setup.recipe].add(key)
+    return [
+        setup.recipe if len(recipes[setup.recipe]) == 1 else os.path.relpath(runs[keys.index(key)], above)
+        for key, setup in zip(keys, setups, strict=True)
+    ]
 
 
 def compare(planned: Plan, progress: Tell, note: Callable[[str], None]) -> Contest:
@@ -180,7 +202,7 @@ def train(planned: Plan, progress: Tell, note: Callable[[str], None]) -> dict[Pa
     """
     waiting = [entry for entry in planned.entries if not _ended(entry[0], planned)]
     working, failed = dict[Path, subprocess.Popen[bytes]](), dict[Path, str]()
-    began, done, promise = time.monotonic(), len(planned.entries) - len(waiting), planned.promise(len(waiting))
+    began, done, promise = time.monotonic(), len(planned.entries) - len(waiting), 60 * planned.promise(len(waiting))
     (planned.where / "runs").mkdir(exist_ok=True)
     try:
         while waiting or working:
@@ -196,9 +218,9 @@ def train(planned: Plan, progress: Tell, note: Callable[[str], None]) -> dict[Pa
                 if why:
                     failed[run] = why
                 note(f"{run.name}: {why or 'trained'}")
-            elapsed = int((time.monotonic() - began) / 60)
+            elapsed = int(time.monotonic() - began)
             ended = f"{done} of {len(planned.entries)} runs ended"
-            progress("training, in minutes", elapsed, max(elapsed, math.ceil(promise)), ended)
+            progress("training, in seconds", elapsed, max(elapsed, math.ceil(promise)), ended)
             time.sleep(0.5)
     finally:
         for process in working.values():
@@ -209,12 +231,22 @@ def train(planned: Plan, progress: Tell, note: Callable[[str], None]) -> dict[Pa
 
 
 def _ended(run: Path, planned: Plan) -> bool:
-    """Whether a run is there that was trained to its end for as long as is asked for."""
+    """Whether a run is there that was trained to its end for as long as is asked for.
+
+    Raises:
+        OptionError: if it was trained on other data.
+    """
     try:
         record, setup = (json.loads((run / name).read_bytes()) for name in ("run.json", "config.json"))
-        return bool(record["status"] == "finished" and setup["training"]["minutes"] == planned.minutes)
+        digest, ended = record["data"]["digest"], record["status"] == "finished"
+        as_long = setup["training"]["minutes"] == planned.minutes
     except (FileNotFoundError, ValueError, KeyError):
         return False
+    if digest != planned.data.facts.digest:
+        raise OptionError(
+            f"{run}: was trained on other data than {planned.source} holds now: give another directory with --to"
+        )
+    return bool(ended and as_long)
 
 
 def _started(planned: Plan, run: Path, family: str, seed: int) -> "subprocess.Popen[bytes]":
@@ -247,8 +279,9 @@ def _entrant(
     if failed:
         record = json.loads((run / "run.json").read_bytes()) if (run / "run.json").is_file() else {}
         return Entrant(family=family, seed=seed, run=str(run), failed=failed, seconds=record.get("seconds", 0.0))
-    path = planned.where / "measured" / f"{run.name}.json"
-    key: dict[str, Any] = {"n": bench.n, "features": bench.features, "numbers": sorted(BETTER)}
+    model = hashlib.sha256((checkpoint.find(run) / durable.MANIFEST).read_bytes()).hexdigest()
+    path = planned.where / "measured" / f"{run.name}-{model[:8]}.json"
+    key: dict[str, Any] = {"n": bench.n, "features": bench.features, "edition": EDITION}
     try:
         kept = json.loads(path.read_bytes())
         if {name: kept[name] for name in key} == key:
@@ -273,7 +306,8 @@ def _pictures(planned: Plan, result: Contest, bench: Bench) -> dict[str, Any]:
         with torch.inference_mode():
             drawn = checkpoint.load(ended.run).sample(SHOWN if facts.is_image else bench.n, rng=0)
         found[row.family] = draw.grid(facts, drawn)
-        draw.save_png(found[row.family], folder / f"{row.family}.png", {"run": ended.run, "seed": 0})
+        name = row.family.replace(os.sep, "-")
+        draw.save_png(found[row.family], folder / f"{name}.png", {"run": ended.run, "seed": 0})
     return found
 
 

@@ -7,6 +7,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from io import BytesIO, StringIO
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from PIL.Image import Image
@@ -28,6 +29,9 @@ GROUPS = {
     "looks like.",
 }
 """What samples are asked, as `quality.Metric.group` says it."""
+
+LETTERS = 24
+"""Of a label beside a drawing, at most."""
 
 FOUND = {"held-out data": BLUE, "training data": GREY}
 MARKS = {"best": "best", "no difference": "no difference at this N", "worse": ""}
@@ -106,10 +110,11 @@ def page(result: Contest, pictures: Mapping[str, Image]) -> str:
 
 def summary(result: Contest) -> str:
     """In a sentence, what was compared."""
-    budget = "" if result.minutes is None else f"trained for {result.minutes:g} minutes on one core, "
     seeds = "one seed" if result.seeds == 1 else f"{result.seeds} seeds"
+    trained = f"Every family, with its defaults, trained for {result.minutes or 0:g} minutes on one core from {seeds}"
+    what = "Runs as they were found" if result.minutes is None else trained
     return (
-        f"Every family {budget}from {seeds}, with its defaults. {result.n:,} samples of each run against as many "
+        f"{what}. {result.n:,} samples of each run against as many "
         f"held-out examples, in {result.features}. Numbers are means over seeds with 95% intervals, which hold for "
         f"other seeds and other held-out examples. ancestral {result.version}."
     )
@@ -268,7 +273,7 @@ def forest(result: Contest, names: Sequence[str]) -> "Figure":
     for axes, name in zip(panels, names, strict=False):
         for y, label in enumerate(labels):
             _row(axes, result, name, label, y)
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_yticks(range(len(labels)), [_shown(label) for label in labels])
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.set_title(title(name, result), loc="left", fontsize=11, color=INK)
         axes.grid(axis="x", color=FAINT)
@@ -300,11 +305,11 @@ def speed(result: Contest) -> "Figure":
     """Every run by how fast it is sampled and how near samples are."""
     figure, (axes, *_) = _panels(1, 1, 3.6)
     shown = [each for each in result.entrants if "rate" in each.numbers]
-    for mark, row in zip("osD^vPX*", result.rows, strict=False):
+    for mark, row in zip(cycle("osD^vPX*"), result.rows, strict=False):
         runs = [each for each in shown if each.family == row.family]
         points = [(each.numbers["rate"].value, each.numbers["energy"].value) for each in runs]
         if points:
-            axes.plot(*zip(*points, strict=True), mark, label=row.family, markersize=7, alpha=0.8)
+            axes.plot(*zip(*points, strict=True), mark, label=_shown(row.family), markersize=7, alpha=0.8)
     axes.set_xscale("log")
     axes.axhspan(result.held_out["energy"].low, result.held_out["energy"].high, color=FAINT, label="held-out data")
     axes.set_xlabel("samples a second")
@@ -322,12 +327,17 @@ def training(result: Contest) -> "Figure":
             axes.plot(steps, [look.energy.value for look in each.looks], ".-", color=RED, alpha=0.6, linewidth=1)
         axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.set_xlim(0, 1.02)
-        axes.set_title(row.family, loc="left", fontsize=11, color=INK)
+        axes.set_title(_shown(row.family), loc="left", fontsize=11, color=INK)
         axes.set_xlabel("share of the run")
         axes.set_ylabel("energy distance²")
     for axes in panels[len(result.rows) :]:
         axes.set_axis_off()
     return figure
+
+
+def _shown(label: str) -> str:
+    """A label that leaves room for what is drawn beside it: of a path, the end."""
+    return label if len(label) <= LETTERS else f"…{label[1 - LETTERS :]}"
 
 
 def _panels(columns: int, rows: int, height: float) -> "tuple[Figure, list[Axes]]":

@@ -34,6 +34,9 @@ LIKELIHOOD, TIMED = 1000, 64
 FEW, CHOOSING = 256, 128
 """Samples, and held-out examples, by which the checkpoints of a run are told apart, at most."""
 
+EDITION = 2
+"""To be raised when what is measured of a run changes, so that nothing older is taken for it."""
+
 BETTER = {"likelihood": "less", "rate": "more"} | {name: metric.better for name, metric in METRICS.items()}
 BETTER |= {"gap": None}
 """Which way each number is better."""
