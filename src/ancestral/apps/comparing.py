@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -28,19 +29,20 @@ import ancestral
 from ancestral.apps import report
 from ancestral.apps.output import number
 from ancestral.data import Data, draw, load
-from ancestral.errors import OptionError, RunError, Stopped, unknown
+from ancestral.errors import AncestralError, Diverged, NoSpace, OptionError, RunError, Stopped, unknown
 from ancestral.measure.compare import BETTER, EDITION, Contest, Entrant, Row, assess, rows
 from ancestral.measure.quality import METRICS, Bench
 from ancestral.training import checkpoint, durable
 from ancestral.training.run import reload
 from ancestral.training.settings import Family, Setup
+from ancestral.training.start import MAY_CHANGE, flat
 
 SHOWN = 64
 """Samples of each family that are shown, from the seed 0."""
 
 DEFINITIONS = {
     "likelihood": "Of held-out examples: the negative log-likelihood, or a bound on it, by the family's own estimate.",
-    "rate": "Samples for each second, drawn 64 at a time; means over seeds are geometric.",
+    "rate": "Samples for each second, drawn 64 at a time on all cores; means over seeds are geometric.",
     "gap": "How much likelier training examples are than held-out ones: 0 in expectation where nothing was memorised.",
 } | {name: metric.says for name, metric in METRICS.items()}
 
@@ -98,6 +100,7 @@ def plan(
     Raises:
         OptionError: if a family is unknown, or runs are of different data.
     """
+    families = list(dict.fromkeys(families))
     for family in families:
         if family not in get_args(Family):
             raise unknown("family", family, get_args(Family))
@@ -106,7 +109,11 @@ def plan(
     if runs and len(runs) == len(given):
         return _finished(runs, n, features, to, command, progress)
     if len(given) != 1:
-        raise OptionError(f"received {len(given)} things to compare: give one DATA, or run directories only")
+        others = ", ".join(each for each in given if Path(each) not in runs)
+        raise OptionError(
+            f"received {len(given)} things to compare, of which these are no runs: {others}; give one DATA, or run "
+            "directories only"
+        )
     data = load(given[0], progress=progress)
     where = to or Path("runs") / f"{data.facts.name}-compared"
     entries = tuple(
@@ -121,27 +128,42 @@ def _finished(
     """Runs that are there: those with the same settings are seeds of one row."""
     if len(runs) < 2:
         raise OptionError(f"received one run, {runs[0]}: give another to compare it with, or DATA to train on")
+    seeds = [_seed(run) for run in runs]
     opened, data = [checkpoint.open_run(run) for run in runs], reload(runs[0], progress)
     for run, saved in zip(runs, opened, strict=True):
         if saved.facts.digest != data.facts.digest:
             raise OptionError(f"{run}: was trained on other data than {runs[0]}: only runs on the same are compared")
-    called = labels(runs, [saved.setup for saved in opened])
-    seeds = [json.loads((run / "run.json").read_bytes())["seed"] for run in runs]
-    entries = tuple(zip(runs, called, seeds, strict=True))
+    entries = tuple(zip(runs, labels(runs, [saved.setup for saved in opened]), seeds, strict=True))
     return Plan(to or Path("runs") / f"{data.facts.name}-compared", data, None, entries, None, n, features, command)
+
+
+def _seed(run: Path) -> int:
+    """Of a run that is finished.
+
+    Raises:
+        RunError: if it is not, or its record cannot be read.
+    """
+    try:
+        record = json.loads((run / "run.json").read_bytes())
+        status, seed = str(record["status"]), int(record["seed"])
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{run / 'run.json'}: cannot be read, it was changed or damaged; train again") from None
+    if status != "finished":
+        raise RunError(f"{run}: is not finished ({status}); 'ancestral train --resume {run}' goes on with it")
+    return seed
 
 
 def labels(runs: Sequence[Path], setups: Sequence[Setup]) -> list[str]:
     """What the row of each run is called: its recipe, or, where runs of that recipe have other settings too, the first
     run with the same.
 
-    The number of steps is a setting where it was not turned from minutes.
+    The number of steps is a setting where it was not turned from minutes, and what does not enter the weights is none.
 
     Args:
         runs: their directories, which are named by what they do not have in common.
         setups: of each.
     """
-    keys = [each.model_dump_json(exclude={"training": {"steps"}} if each.training.minutes else None) for each in setups]
+    keys = [json.dumps({k: v for k, v in flat(each).items() if k not in _aside(each)}) for each in setups]
     above = os.path.commonpath([run.parent.absolute() for run in runs])
     recipes = defaultdict[str, set[str]](set)
     for key, setup in zip(keys, setups, strict=True):
@@ -150,6 +172,10 @@ def labels(runs: Sequence[Path], setups: Sequence[Setup]) -> list[str]:
         setup.recipe if len(recipes[setup.recipe]) == 1 else os.path.relpath(runs[keys.index(key)], above)
         for key, setup in zip(keys, setups, strict=True)
     ]
+
+
+def _aside(setup: Setup) -> set[str]:
+    return MAY_CHANGE | ({"training.steps"} if setup.training.minutes else set())
 
 
 def compare(planned: Plan, progress: Tell, note: Callable[[str], None]) -> Contest:
@@ -201,7 +227,7 @@ def train(planned: Plan, progress: Tell, note: Callable[[str], None]) -> dict[Pa
     Each is a command of its own on one core, so all have the same clock and the same share of the machine.
     """
     waiting = [entry for entry in planned.entries if not _ended(entry[0], planned)]
-    working, failed = dict[Path, subprocess.Popen[bytes]](), dict[Path, str]()
+    working, failed = dict[Path, Working](), dict[Path, str]()
     began, done, promise = time.monotonic(), len(planned.entries) - len(waiting), 60 * planned.promise(len(waiting))
     (planned.where / "runs").mkdir(exist_ok=True)
     try:
@@ -209,12 +235,12 @@ def train(planned: Plan, progress: Tell, note: Callable[[str], None]) -> dict[Pa
             while waiting and len(working) < planned.together:
                 run, family, seed = waiting.pop(0)
                 working[run] = _started(planned, run, family, seed)
-            for run, process in list(working.items()):
-                if process.poll() is None:
+            for run, own in list(working.items()):
+                if own.process.poll() is None:
                     continue
                 del working[run]
                 done += 1
-                why = _outcome(run, process.returncode)
+                why = own.outcome(run)
                 if why:
                     failed[run] = why
                 note(f"{run.name}: {why or 'trained'}")
@@ -223,10 +249,10 @@ def train(planned: Plan, progress: Tell, note: Callable[[str], None]) -> dict[Pa
             progress("training, in seconds", elapsed, max(elapsed, math.ceil(promise)), ended)
             time.sleep(0.5)
     finally:
-        for process in working.values():
-            process.terminate()
-        for process in working.values():
-            process.wait()
+        for own in working.values():
+            own.process.terminate()
+        for own in working.values():
+            own.process.wait()
     return failed
 
 
@@ -249,27 +275,49 @@ def _ended(run: Path, planned: Plan) -> bool:
     return bool(ended and as_long)
 
 
-def _started(planned: Plan, run: Path, family: str, seed: int) -> "subprocess.Popen[bytes]":
+@dataclass(frozen=True)
+class Working:
+    """A run that is being trained.
+
+    Attributes:
+        process: that trains it.
+        log: what it says, to which earlier sessions may have written.
+        before: how many bytes they wrote.
+    """
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+    before: int
+
+    def outcome(self, run: Path) -> str | None:
+        """Why a process that has ended left no model, or None.
+
+        Raises:
+            AncestralError: if that is no failure of the model, and nothing that was trained tells of it.
+        """
+        code = self.process.returncode
+        if code == 0:
+            return None
+        if code < 0:
+            return f"killed by signal {-code}{', perhaps for want of memory' if code == -signal.SIGKILL else ''}"
+        said = self.log.read_bytes()[self.before :].decode(errors="replace").strip().splitlines()
+        reason = said[-1].removeprefix("ancestral: ") if said else f"ended with exit code {code}"
+        if code == Diverged.exit_code:
+            return reason
+        kinds = {kind.exit_code: kind for kind in (Stopped, NoSpace, RunError)}
+        raise kinds.get(code, AncestralError)(f"{run}: {reason.removeprefix(f'{run}: ')}")
+
+
+def _started(planned: Plan, run: Path, family: str, seed: int) -> Working:
     command = [sys.executable, "-m", "ancestral", "train", str(planned.source), "--family", family, "--to", str(run)]
-    command += ["--minutes", f"{planned.minutes:g}", "--seed", str(seed), "--set", "training.keep=10"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with _log(run).open("a") as log:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment, start_new_session=True)
-
-
-def _log(run: Path) -> Path:
-    return run.with_name(f"{run.name}.log")
-
-
-def _outcome(run: Path, code: int) -> str | None:
-    """Why a run has no model, or None; what is wrong with the input, or with the disk, ends the comparison."""
-    if code == 0:
-        return None
-    said = _log(run).read_text().strip().splitlines()
-    reason = said[-1].removeprefix("ancestral: ") if said else f"ended with exit code {code}"
-    if code in (1, 5):
-        return reason
-    raise (Stopped if code == 3 else RunError)(f"{run}: {reason}")
+    command += ["--minutes", f"{planned.minutes:g}", "--seed", str(seed), "--set", "training.keep=1000"]
+    environment, path = {**os.environ, "OMP_NUM_THREADS": "1"}, run.with_name(f"{run.name}.log")
+    with path.open("ab") as log:
+        before = log.tell()
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=log, env=environment, start_new_session=True
+        )
+        return Working(process, path, before)
 
 
 def _entrant(
@@ -285,7 +333,8 @@ def _entrant(
     try:
         kept = json.loads(path.read_bytes())
         if {name: kept[name] for name in key} == key:
-            return Entrant.model_validate(kept["entrant"])
+            kept = Entrant.model_validate(kept["entrant"])
+            return kept.model_copy(update={"family": family, "seed": seed, "run": str(run)})
     except (FileNotFoundError, ValueError, KeyError, ValidationError):
         pass  # not measured yet, or by another version: it is measured now
     found = assess(run, planned.data, bench, family=family, seed=seed, progress=progress)

@@ -21,7 +21,7 @@ from ancestral.measure import chain, flow
 from ancestral.measure.evaluate import evaluate, gap
 from ancestral.measure.measured import Measured, refuse_other
 from ancestral.measure.modes import apart, modes
-from ancestral.measure.quality import ENOUGH, SAMPLES, Bench
+from ancestral.measure.quality import ENOUGH, METRICS, SAMPLES, Bench, Standing
 from ancestral.measure.record import Averaged, Comparison, Evaluation, Interval, OdeLikelihood, RoundTrip, Samples
 from ancestral.training import checkpoint, durable
 from ancestral.training.checkpoint import Saved
@@ -242,7 +242,7 @@ def evaluation(
         comparison=comparison,
         ema=averages if sweep else None,
         **(whole.record() if whole else {}),
-        **_of_samples(saved.model, examples, bench, question, folder, artifacts),
+        **_of_samples(saved, examples, bench, question, folder, artifacts),
         **_of_inverse(saved.model, examples),
     )
     durable.write_json(folder / "evaluation.json", result.model_dump(mode="json", exclude_none=True))
@@ -250,18 +250,26 @@ def evaluation(
 
 
 def _of_samples(
-    model: Model, examples: Data, bench: Bench | None, question: Question, folder: Path, artifacts: dict[str, str]
+    saved: Saved, examples: Data, bench: Bench | None, question: Question, folder: Path, artifacts: dict[str, str]
 ) -> dict[str, Any]:
-    """How samples stand to data, with a picture of what may be copies, and which modes are reached, if it is known."""
+    """How samples stand to data, with a picture of what may be copies, and which modes are reached, if it is known.
+
+    Whether samples copy is told of the data that the model was trained on, and of no other.
+    """
+    model, own = saved.model, examples.facts.digest == saved.facts.digest
     walks = isinstance(model, Diffusion)
     found: dict[str, Any] = {}
+
+    def asked(standing: Standing) -> Standing:
+        return {name: each for name, each in standing.items() if own or METRICS[name].group != "Memorisation"}
+
     if bench:
         parts, began = list[Tensor](), time.perf_counter()
         for start in range(0, bench.n, AT_ONCE):
             parts.append(model.sample(min(AT_ONCE, bench.n - start), rng=question.seed, start=start).cpu())
             question.progress("drawing samples", start + len(parts[-1]), bench.n)
         drawn = torch.cat(parts)
-        if examples.facts.is_image:
+        if own and examples.facts.is_image:
             artifacts["nearest"] = str(folder / "nearest.png")
             picture = draw.grid(examples.facts, bench.suspects(drawn, PAIRS), columns=8)
             draw.save_png(picture, folder / "nearest.png", {"pairs": "sample, training example"})
@@ -269,9 +277,9 @@ def _of_samples(
             n=bench.n,
             features=bench.features,
             rate=bench.n / (time.perf_counter() - began),
-            model=bench.of(drawn),
-            held_out=bench.held_out,
-            training=bench.training,
+            model=asked(bench.of(drawn)),
+            held_out=asked(bench.held_out),
+            training=asked(bench.training),
             evaluations=STEPS if walks else 1,
         )
     law = toys.named(examples.facts.source) if examples.facts.source in toys.TOYS else None

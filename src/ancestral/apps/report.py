@@ -113,10 +113,12 @@ def summary(result: Contest) -> str:
     seeds = "one seed" if result.seeds == 1 else f"{result.seeds} seeds"
     trained = f"Every family, with its defaults, trained for {result.minutes or 0:g} minutes on one core from {seeds}"
     what = "Runs as they were found" if result.minutes is None else trained
+    single = [row.family for row in result.rows if row.runs - row.failed == 1]
     return (
-        f"{what}. {result.n:,} samples of each run against as many "
-        f"held-out examples, in {result.features}. Numbers are means over seeds with 95% intervals, which hold for "
-        f"other seeds and other held-out examples. ancestral {result.version}."
+        f"{what}. {result.n:,} samples of each run against as many held-out examples, in {result.features}. "
+        "Numbers are means over seeds with 95% intervals, which hold for other seeds and other held-out examples"
+        + (f", and those of {_listed(single)}, of one run each, for this run" if single else "")
+        + f". ancestral {result.version}."
     )
 
 
@@ -141,7 +143,8 @@ def _glance(result: Contest) -> str:
     )
     return (
         "<p>Held-out data in the samples' place is what good looks like, training data in their place what copying "
-        "looks like. “No difference” means that the interval of the difference from the best holds zero.</p>"
+        "looks like. “No difference” means that the interval of the difference from the best holds zero: over "
+        "seeds, on these held-out examples, and at a level that is divided among the families.</p>"
         + _table("Every number, by family", [*heads, "held-out data", "training data"], rows)
     )
 
@@ -182,7 +185,8 @@ def _samples(result: Contest, pictures: Mapping[str, Image]) -> str:
         _figure(_png(picture), f"Samples: {name}" if name != "held-out data" else name)
         for name, picture in pictures.items()
     )
-    return f'<p>Of the first seed, not chosen: the first that seed 0 gives.</p><div class="samples">{shown}</div>'
+    says = "Of the first run of each that ended, not chosen: the first that seed 0 gives."
+    return f'<p>{says}</p><div class="samples">{shown}</div>'
 
 
 def _likelihood(result: Contest) -> str:

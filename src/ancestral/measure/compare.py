@@ -22,7 +22,7 @@ from ancestral.diffusion.model import STEPS, Diffusion
 from ancestral.gan.model import GAN
 from ancestral.measure.evaluate import evaluate, gap
 from ancestral.measure.measured import Measured
-from ancestral.measure.metrics.intervals import around, of_share, spread, student, welch
+from ancestral.measure.metrics.intervals import LEVEL, around, student, welch
 from ancestral.measure.quality import METRICS, Bench
 from ancestral.measure.record import Interval, Kind, Record
 from ancestral.training import checkpoint
@@ -81,13 +81,15 @@ class Verdict(Record):
 
     best: str
     difference: Interval | None = Field(
-        None, description="this family's number minus that of the best; of a rate, divided by it"
+        None,
+        description="this family's number minus that of the best; of a rate, divided by it; at a level that is divided "
+        "among the families",
     )
     word: Literal["best", "no difference", "worse"]
 
 
 class Row(Record):
-    """A family over its seeds. Intervals hold for other seeds and other held-out examples."""
+    """A family over its seeds. Intervals hold for other seeds and held-out examples; of one run, for other examples."""
 
     family: str
     runs: int
@@ -153,8 +155,9 @@ def assess(
         def again(k: int) -> Measured:
             return evaluate(checkpoint.load(tries[k].path), data, n=LIKELIHOOD, like=last, progress=progress)
 
-        tried = [each.nats[:CHOOSING] for each in tries if each.nats is not None]
-        best["likelihood"] = of_best(tried, again, last)
+        if len(tries) >= min(saved.setup.training.checkpoints, saved.step):  # none was left out for its held-out loss
+            tried = [each.nats[:CHOOSING] for each in tries if each.nats is not None]
+            best["likelihood"] = of_best(tried, again, last)
     numbers |= bench.of(model.sample(bench.n, rng=0))
     nearest = min(tries, key=lambda each: each.look.energy.value)
     if nearest.path != saved.path:
@@ -271,43 +274,50 @@ def rows(entrants: Sequence[Entrant]) -> list[Row]:
 def over_seeds(each: Sequence[Interval], *, share: bool = False) -> Interval:
     """The mean of a number over seeds, with an interval for other seeds and other examples.
 
-        reach^2 = (t_{K-1} s)^2 / K + z^2 mean_k stderr_k^2
+        (mean - low)^2 = (t_{K-1} s)^2 / K + mean_k (value_k - low_k)^2,   and high likewise
 
     for s the deviation between K seeds. The second part is of the examples, which all seeds are measured on and no
     number of seeds makes smaller; samples of the model are in both, so the interval is somewhat wide. That of a share
-    is made of the same reach, by p (1 - p), so that it lies in [0, 1].
+    ends at 0 and 1. A single seed says nothing of others: its interval is as it is.
 
-    Reference: Zou & Donner (2008) for the sum of squared reaches; Wilson (1927) for shares.
+    Reference: Zou & Donner (2008) for the sum of squared reaches.
 
     Example:
-        >>> one = Interval(value=1.0, stderr=0.1, low=0.8, high=1.2)
-        >>> over_seeds([one, one]).stderr
-        0.1
+        >>> one = Interval(value=1.0, stderr=0.1, low=0.8, high=1.3)
+        >>> found = over_seeds([one, one])
+        >>> round(found.low, 9), round(found.high, 9)
+        (0.8, 1.3)
     """
     K = len(each)
     if K == 1:
         return each[0]
     values = [one.value for one in each]
-    between, within = stdev(values) ** 2 / K, fmean(one.stderr**2 for one in each)
-    mean, stderr, of_seeds = fmean(values), (between + within) ** 0.5, student(K - 1) ** 2 * between
+    mean, between, within = fmean(values), stdev(values) ** 2 / K, fmean(one.stderr**2 for one in each)
+    of_seeds = student(K - 1) ** 2 * between
+    low = mean - (of_seeds + fmean((one.value - one.low) ** 2 for one in each)) ** 0.5
+    high = mean + (of_seeds + fmean((one.high - one.value) ** 2 for one in each)) ** 0.5
     if share:
-        w = of_seeds / (mean * (1 - mean)) if 0 < mean < 1 else 0.0
-        return of_share(mean, stderr, w + fmean(spread(one) for one in each))
-    reach = (of_seeds + student(math.inf) ** 2 * within) ** 0.5
-    return Interval(value=mean, stderr=stderr, low=mean - reach, high=mean + reach)
+        low, high = max(low, 0.0), min(high, 1.0)
+    return Interval(value=mean, stderr=(between + within) ** 0.5, low=low, high=high)
 
 
-def difference(a: Sequence[Interval], b: Sequence[Interval]) -> Interval:
-    """The mean over seeds of one family minus that of another, on the same examples.
+def difference(a: Sequence[Interval], b: Sequence[Interval], level: float = LEVEL) -> Interval:
+    """The mean over seeds of one family minus that of another, on these examples.
 
-    With seeds enough it is Welch's, from the deviations between seeds alone, for what the examples share goes out of
-    the difference; with a single one on either side, both errors are taken to be independent, which is wide.
+    With seeds enough it is Welch's, from the deviations between seeds alone: what the examples add to both alike goes
+    out of the difference, and what they add to one is not in the interval. With a single seed on either side, or none
+    that differ, both errors are taken to be independent: that is wide for the examples, and nothing of other seeds.
 
+    Args:
+        a: of one family, for each seed.
+        b: of the other.
+        level: of the interval.
     """
     of = fmean(one.value for one in a) - fmean(one.value for one in b)
-    if min(len(a), len(b)) < 2:
-        return around(of, (over_seeds(a).stderr ** 2 + over_seeds(b).stderr ** 2) ** 0.5)
-    return welch(of, *((stdev([one.value for one in each]) ** 2 / len(each), len(each) - 1) for each in (a, b)))
+    parts = [(stdev([one.value for one in each]) ** 2 / len(each), len(each) - 1) for each in (a, b) if len(each) > 1]
+    if len(parts) < 2 or not any(variance for variance, _ in parts):
+        return around(of, (over_seeds(a).stderr ** 2 + over_seeds(b).stderr ** 2) ** 0.5, level=level)
+    return welch(of, *parts, level=level)
 
 
 def _means(each: Sequence[dict[str, Interval]]) -> dict[str, Interval]:
@@ -345,7 +355,13 @@ def _between(each: Sequence[dict[str, Interval]]) -> dict[str, float]:
 
 
 def _verdict(name: str, family: str, ended: dict[str, list[Entrant]]) -> Verdict | None:
-    """How a family stands to the best by a number; None if it has none, or more of it is neither better nor worse."""
+    """How a family stands to the best by a number; None if it has none, or more of it is neither better nor worse.
+
+    The best is picked from all, so that one of many that are alike would often be called worse: what is left of the
+    level is divided among the others.
+
+    Reference: Dunn (1961) for the division.
+    """
     sign = {"less": 1.0, "more": -1.0}.get(BETTER[name] or "")
     found = {each: numbers for each, runs in ended.items() if (numbers := _to_compare(name, runs))}
     if sign is None or family not in found:
@@ -353,7 +369,7 @@ def _verdict(name: str, family: str, ended: dict[str, list[Entrant]]) -> Verdict
     best = min(found, key=lambda each: sign * fmean(one.value for one in found[each]))
     if best == family:
         return Verdict(best=best, word="best")
-    apart = difference(found[family], found[best])
+    apart = difference(found[family], found[best], 1 - (1 - LEVEL) / (len(found) - 1))
     word: Literal["no difference", "worse"] = "no difference" if apart.low <= 0 <= apart.high else "worse"
     return Verdict(best=best, difference=exponential(apart) if name in FACTORS else apart, word=word)
 

@@ -412,7 +412,7 @@ def _ready(
 
 def _differences(begun: Setup, wanted: Setup) -> list[tuple[str, Any, Any]]:
     """Settings that enter the result and are not the same: name, as begun, as wanted."""
-    old, new = _flat(begun), _flat(wanted)
+    old, new = flat(begun), flat(wanted)
     return [
         (name, old.get(name), new.get(name))
         for name in sorted({*old, *new})
@@ -420,7 +420,8 @@ def _differences(begun: Setup, wanted: Setup) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def _flat(setup: Setup) -> dict[str, Any]:
+def flat(setup: Setup) -> dict[str, Any]:
+    """Every setting by its name, as `--set` takes it."""
     return {
         f"{section}.{key}": value
         for section, keys in setup.model_dump(mode="json").items()

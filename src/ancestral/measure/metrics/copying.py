@@ -78,9 +78,10 @@ def authenticity(x: Tensor, training: Tensor) -> Interval:
         >>> authenticity(torch.tensor([[0.1], [9.0]], dtype=torch.float64), training).value
         0.5
     """
-    distance, index = nearest(x, training)
-    own = nearest(training)[0]
-    return intervals.share(int((distance > own[index[:, 0]]).sum()), len(x))
+    distance, index = (each[:, 0] for each in nearest(x, training))
+    near, which = torch.unique(index, return_inverse=True)
+    own = nearest(training[near], training, k=2)[0][:, 1]  # the first is the example itself, or equals it
+    return intervals.share(int((distance > own[which]).sum()), len(x))
 
 
 def neighbour_ratio(x: Tensor, training: Tensor) -> Interval:

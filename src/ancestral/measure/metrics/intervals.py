@@ -17,33 +17,34 @@ LEVEL = 0.95
 
 
 @cache
-def student(freedom: float) -> float:
-    """The quantile of Student's t that bounds `LEVEL` of it on both sides.
+def student(freedom: float, level: float = LEVEL) -> float:
+    """The quantile of Student's t that bounds a share of it on both sides.
 
-    With t = v^1/2 tan a, that is the a with int_0^a cos^(v-1) = LEVEL / 2 of int_-pi/2^pi/2 cos^(v-1).
+    With t = v^1/2 tan a, that is the a with int_0^a cos^(v-1) = level / 2 of int_-pi/2^pi/2 cos^(v-1).
 
     Args:
         freedom: degrees of freedom v > 0.
+        level: the share.
 
     Example:
         >>> round(student(1), 3), round(student(9), 3), round(student(math.inf), 3)
         (12.706, 2.262, 1.96)
     """
     if freedom > 10_000:
-        return NormalDist().inv_cdf((1 + LEVEL) / 2)
+        return NormalDist().inv_cdf((1 + level) / 2)
     a = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)[:-1]
     below = torch.cumulative_trapezoid(a.cos() ** (freedom - 1), a)
-    return float(freedom**0.5 * a[1:][torch.searchsorted(below, LEVEL * below[-1])].tan())
+    return float(freedom**0.5 * a[1:][torch.searchsorted(below, level * below[-1])].tan())
 
 
-def around(value: float, stderr: float, freedom: float = math.inf) -> Interval:
+def around(value: float, stderr: float, freedom: float = math.inf, level: float = LEVEL) -> Interval:
     """The symmetric interval of a number whose error is normal, with a standard error of so many degrees of freedom.
 
     Example:
         >>> round(around(1.0, 0.5).high, 2)
         1.98
     """
-    reach = student(freedom) * stderr
+    reach = student(freedom, level) * stderr
     return Interval(value=value, stderr=stderr, low=value - reach, high=value + reach)
 
 
@@ -65,7 +66,7 @@ def mean(values: Tensor) -> Interval:
     return around(float(values.mean()), float(values.std() / len(values) ** 0.5), len(values) - 1)
 
 
-def welch(value: float, *parts: tuple[float, int]) -> Interval:
+def welch(value: float, *parts: tuple[float, int], level: float = LEVEL) -> Interval:
     """The interval of a difference of independent means, from the variance of each and its degrees of freedom.
 
         v = (sum_i s_i^2)^2 / sum_i (s_i^4 / v_i)
@@ -78,7 +79,7 @@ def welch(value: float, *parts: tuple[float, int]) -> Interval:
         True
     """
     total, below = sum(variance for variance, _ in parts), sum(variance**2 / v for variance, v in parts)
-    return around(value, total**0.5, total**2 / below if below else math.inf)
+    return around(value, total**0.5, total**2 / below if below else math.inf, level)
 
 
 def share(hits: int, n: int) -> Interval:
@@ -132,20 +133,6 @@ def of_share(value: float, stderr: float, w: float) -> Interval:
     low = (middle - half) / (1 + w) if value > 0 else 0.0
     high = (middle + half) / (1 + w) if value < 1 else 1.0
     return Interval(value=value, stderr=stderr, low=low, high=high)
-
-
-def spread(found: Interval) -> float:
-    """The w with which `of_share` has the width L of an interval that is there.
-
-        L^2 (1 + w)^2 = 4 p (1 - p) w + w^2
-
-    Example:
-        >>> round(spread(of_share(0.9, 0.0, 0.25)), 9)
-        0.25
-    """
-    L2 = min(found.high - found.low, 1 - 1e-9) ** 2
-    b = 2 * found.value * (1 - found.value) - L2
-    return ((b**2 + (1 - L2) * L2) ** 0.5 - b) / (1 - L2)
 
 
 def at_least(hits: int, n: int, p: float) -> float:
