@@ -130,6 +130,13 @@ def test_of_four_families_that_are_alike_one_is_rarely_called_worse(seeds):
     assert worse / 500 < 0.08
 
 
+def test_a_number_that_not_all_runs_have_is_told_of_none():
+    """As the likelihood of the best checkpoint, where one of two runs kept only some."""
+    whole, other = (entrant("vae", seed, 0.5) for seed in range(2))
+    (row,) = rows([whole.model_copy(update={"best": whole.best | {"likelihood": around(1.0, 0.1)}}), other])
+    assert set(row.best) == {"energy", "rate"}
+
+
 def test_families_that_do_not_differ_between_seeds_differ_by_no_more_than_their_errors():
     one, other = [around(1.0, 0.1)] * 2, [around(0.99, 0.1)] * 2
     assert difference(one, other).low < 0 < difference(one, other).high
@@ -292,6 +299,17 @@ def test_what_is_hidden_or_asks_for_something_would_be_seen_in_a_browser(tmp_pat
     assert asked == ["http://example.invalid/x.png"]
 
 
+def test_other_runs_are_compared_in_another_directory_and_the_same_in_the_same(contest):
+    def where(*names: str) -> Path:
+        runs = [str(contest[0] / "runs" / name) for name in names]
+        return comparing.plan(
+            runs, families=[], minutes=1, seeds=1, n=200, features=None, to=None, argv=["ancestral"]
+        ).where
+
+    assert where("vae-0", "gan-0") == where("gan-0", "vae-0")
+    assert len({where("vae-0", "gan-0"), where("vae-0", "vae-1"), Path("runs/ring-8-compared")}) == 3
+
+
 def test_finished_runs_are_compared_as_they_are(contest, tmp_path):
     where, record = contest
     runs = [str(where / "runs" / name) for name in ("vae-0", "gan-0")]
@@ -356,6 +374,17 @@ def test_runs_that_were_trained_on_what_the_data_was_before_are_refused(tmp_path
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == code, result.output
     assert "was trained on other data" in result.stderr
+
+
+def test_copies_are_asked_of_the_data_that_was_learnt_from_and_of_no_other(contest):
+    run = str(contest[0] / "runs" / "vae-0")
+    own, other = (
+        json.loads(CliRunner().invoke(app, ["evaluate", run, "--samples", "120", "--json", *more]).stdout)["samples"]
+        for more in ([], ["--data", "grid-25"])
+    )
+    asked = {"duplicates", "ratio", "authentic", "data-copying"}
+    assert set(own["model"]) - set(other["model"]) == asked
+    assert set(other["held_out"]) == set(other["training"]) == set(other["model"])
 
 
 def test_a_run_that_collapsed_is_counted_and_what_is_wrong_with_the_input_is_said(tmp_path, monkeypatch):

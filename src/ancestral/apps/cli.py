@@ -337,7 +337,10 @@ def compare(
     ] = 1000,
     features: Features = None,
     to: Annotated[
-        Path | None, typer.Option(help="Directory, which goes on if it is one; by default runs/NAME-compared.")
+        Path | None,
+        typer.Option(
+            help="Directory, which goes on if it is one; by default runs/NAME-compared, of runs with a hash of which."
+        ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -134,7 +134,9 @@ def _finished(
         if saved.facts.digest != data.facts.digest:
             raise OptionError(f"{run}: was trained on other data than {runs[0]}: only runs on the same are compared")
     entries = tuple(zip(runs, labels(runs, [saved.setup for saved in opened]), seeds, strict=True))
-    return Plan(to or Path("runs") / f"{data.facts.name}-compared", data, None, entries, None, n, features, command)
+    which = hashlib.sha256("\n".join(sorted(str(run.absolute()) for run in runs)).encode()).hexdigest()[:8]
+    where = to or Path("runs") / f"{data.facts.name}-compared-{which}"
+    return Plan(where, data, None, entries, None, n, features, command)
 
 
 def _seed(run: Path) -> int:

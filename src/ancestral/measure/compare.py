@@ -321,8 +321,12 @@ def difference(a: Sequence[Interval], b: Sequence[Interval], level: float = LEVE
 
 
 def _means(each: Sequence[dict[str, Interval]]) -> dict[str, Interval]:
-    names = each[0] if each else ()
-    return {name: _mean(name, [numbers[name] for numbers in each]) for name in names}
+    return {name: _mean(name, [numbers[name] for numbers in each]) for name in _common(each)}
+
+
+def _common(each: Sequence[dict[str, Interval]]) -> list[str]:
+    """The numbers that all runs have."""
+    return [name for name in each[0] if all(name in numbers for numbers in each)] if each else []
 
 
 def _mean(name: str, each: Sequence[Interval]) -> Interval:
@@ -350,7 +354,7 @@ def exponential(one: Interval) -> Interval:
 
 
 def _between(each: Sequence[dict[str, Interval]]) -> dict[str, float]:
-    names = each[0] if len(each) > 1 else ()
+    names = _common(each) if len(each) > 1 else ()
     return {name: stdev([numbers[name].value for numbers in each]) for name in names}
 
 
