@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,6 +56,35 @@ def trained(tmp_path_factory) -> dict[int, Path]:
     for count in (1, 2):
         ancestral(count, *TRAIN, *SETTINGS, "--to", folder / str(count))
     return {count: folder / str(count) for count in (1, 2)}
+
+
+MANY_TIMES = """
+import os, sys, torch
+from ancestral.training import processes
+sys.setswitchinterval(0.2)  # whoever has the interpreter keeps it for longer
+for attempt in range(25):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+    with processes.join() as group:
+        module = group.joined(torch.nn.Linear(8, 8))
+        module(torch.ones(2, 8)).sum().backward()
+        group.wait()
+    del module
+"""
+
+
+def test_what_was_trained_together_may_be_dropped_after_the_others_were_left():
+    """Its destructor would else wait for threads that wait for the interpreter, which it has."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    environment = {**os.environ, **where, "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen([sys.executable, "-c", MANY_TIMES], env=environment | {"RANK": rank}) for rank in "01"]
+    try:
+        assert [each.wait(timeout=120) for each in both] == [0, 0]
+    finally:
+        for each in both:
+            each.kill()
+            each.wait()
 
 
 def losses(run: Path) -> list[float]:

@@ -98,6 +98,10 @@ class Processes:
 
 ALONE = Processes()
 
+_LEFT: list[object] = []
+"""Groups that were left. What trained in one may be dropped after it, and if that held the group last, it would wait
+for the group's threads without letting the interpreter go, which they may be waiting for."""
+
 
 def apart(module: nn.Module, on: bool) -> AbstractContextManager[None]:
     """Within it, if on, backward passes of a joined module add up gradients without averaging over the processes."""
@@ -141,4 +145,5 @@ def join() -> Iterator[Processes]:
             f"process {rank} of {count} lost the others, one of which has died; run the same command again, which goes "
             "on from the last checkpoint, or let torchrun do so with --max-restarts 3"
         ) from error
+    _LEFT.append(distributed.group.WORLD)
     distributed.destroy_process_group()
