@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, distributed, nn
@@ -81,7 +82,11 @@ class Processes:
 
     def joined(self, module: nn.Module) -> nn.Module:
         """The module with its gradients averaged over the processes in the backward pass."""
-        return module if self.count == 1 else DistributedDataParallel(module, gradient_as_bucket_view=True)
+        if self.count == 1:
+            return module
+        joined = DistributedDataParallel(module, gradient_as_bucket_view=True)
+        _JOINED.add(joined)
+        return joined
 
     def divide(self, module: nn.Module) -> None:
         """Leave each process a share of the module's parameters; they come together block by block when they are used.
@@ -98,9 +103,9 @@ class Processes:
 
 ALONE = Processes()
 
-_LEFT: list[object] = []
-"""Groups that were left. What trained in one may be dropped after it, and if that held the group last, it would wait
-for the group's threads without letting the interpreter go, which they may be waiting for."""
+_JOINED: WeakSet[DistributedDataParallel] = WeakSet()
+"""Modules that average their gradients in the group, which gives them up when it ends: who drops one later, and with it
+the last hold of the group, waits for the group's threads with the interpreter, which they may be waiting for."""
 
 
 def apart(module: nn.Module, on: bool) -> AbstractContextManager[None]:
@@ -145,5 +150,7 @@ def join() -> Iterator[Processes]:
             f"process {rank} of {count} lost the others, one of which has died; run the same command again, which goes "
             "on from the last checkpoint, or let torchrun do so with --max-restarts 3"
         ) from error
-    _LEFT.append(distributed.group.WORLD)
+    for module in _JOINED:
+        del module.reducer, module.logger
+    _JOINED.clear()
     distributed.destroy_process_group()
