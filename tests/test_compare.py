@@ -121,7 +121,7 @@ def test_who_is_best_who_is_worse_and_who_cannot_be_told():
 
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_of_four_families_that_are_alike_one_is_rarely_called_worse(seeds):
-    """Though the best is picked from them: at most in 8% of 500 comparisons, where single tests would in 16%."""
+    """Though the best is picked from them: less than 8% of 500 comparisons."""
     rng, worse = stream(seeds), 0
     for _ in range(500):
         values = rng.normal(0.5, 0.1, (4, seeds))

@@ -295,7 +295,7 @@ class Working:
         """Why a process that has ended left no model, or None.
 
         Raises:
-            AncestralError: if that is no failure of the model, and nothing that was trained tells of it.
+            AncestralError: if the model is not to blame: it was stopped, a full disk, wrong input, or a bug.
         """
         code = self.process.returncode
         if code == 0:
